@@ -88,30 +88,36 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
             f"Expected samples of shape {('B', *bank.shape)}, the bank's, got {tuple(x.shape)}."
         )
     if labels is None:
-        found = _nearest_in(bank, bank.whole, x)
+        found, every = _nearest_in(bank, bank.whole, x)
+        # Otherwise the search has ended at a second row.
+        if every and bool(found.d2.isinf().any()):
+            raise ValueError(
+                "All rows of the bank are equal, so nothing can be nearer to one than to another. "
+                "Give a bank with two different rows at least."
+            )
     else:
         keys = labels.unlabelled().keys().tolist()
         found = Nearest(*(torch.zeros(len(x), device=bank.device, dtype=d) for d in _TYPES))
         for key in set(keys):
             at = torch.tensor([i for i, own in enumerate(keys) if own == key])
-            part = _nearest_in(bank, bank.segment(key), labels.zero(x)[at.to(x.device)])
+            part, _ = _nearest_in(bank, bank.segment(key), labels.zero(x)[at.to(x.device)])
             for value, own in zip(found, part, strict=True):
                 value[at.to(value.device)] = own
-        found.d2[found.d2.isinf()] = torch.nan
-    if bool(found.d2.isinf().any()):
-        raise ValueError(
-            "All rows of the bank are equal, so nothing can be nearer to one than to another. "
-            "Give a bank with two different rows at least."
-        )
+        found.d2.masked_fill_(found.d2.isinf(), torch.nan)
     return found
 
 
-def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> Nearest:
-    """The nearest among some rows; `d_2` is infinite if they are all equal."""
-    search = Search(bank, scope, bank.device)
+def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> tuple[Nearest, bool]:
+    """The nearest among some rows, and whether the search came to the last row of any sample.
+
+    `d_2` is infinite if all rows are equal.
+    """
+    search, most = Search(bank, scope, bank.device), 0
     flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
 
     def settle(_: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
+        nonlocal most
+        most = rows.shape[1]
         differ = search.differ(rows)
         second = differ.int().argmax(1, keepdim=True)
         d2 = distance.gather(1, second).masked_fill(~differ.any(1, keepdim=True), torch.inf)
@@ -122,13 +128,10 @@ def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> Nearest:
     flat = flat.masked_fill(~finite[:, None], 0)
     number = torch.arange(len(flat), device=bank.device)
     with full_precision(), torch.autocast(bank.device.type, enabled=False):
-        parts = [
-            search.ask(some, 2, settle, at)
-            for some, at in zip(flat.split(_QUERIES), number.split(_QUERIES), strict=True)
-        ]
-    row, d1, d2 = (torch.cat(column) for column in zip(*parts, strict=True))
+        row, d1, d2 = search.ask(flat, 2, settle, number, at_once=_QUERIES)
     row = row.masked_fill(~finite, -1)
-    return Nearest(row, *(d.masked_fill(~finite, torch.nan) for d in (d1, d2)))
+    nearest = Nearest(row, *(d.masked_fill(~finite, torch.nan) for d in (d1, d2)))
+    return nearest, most == len(search)
 
 
 def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:

@@ -56,7 +56,7 @@ class Search:
             self.slack += 8 * sum(rounding(self.dtype, bank.dim, truncates=True))
         shift = (bank.centre - bank.offset).to(device)
         # In a product, rows far from 0 would lose their differences.
-        self.shift = shift.to(self.dtype) if float(shift.norm()) > bank.radius else None
+        self.shift = shift.to(self.dtype) if bank.off_centre > bank.radius else None
         self.norms: Tensor | None = None  # known after the first pass
 
     def __len__(self) -> int:
@@ -69,8 +69,9 @@ class Search:
         settle: Settle,
         number: Tensor,
         bounds: Tensor | None = None,
+        at_once: int = 2**31,
     ) -> list[Tensor]:
-        """The results of `settle` for each query. One sync per round of computed distances.
+        """The results of `settle` for each query. One sync, and one for each further round.
 
         Args:
             query: (b, D), samples less the bank's offset, on the device. Distances are computed in
@@ -80,21 +81,30 @@ class Search:
             number: The queries' numbers for `settle`, (b,).
             bounds: If given, (b, n), filled with the lower bounds on the squared distances, less
                 `squares(query)`.
+            at_once: How many queries are compared at a time, with `bounds` all.
         """
         count = min(count + _SPARE, len(self))
+        blocks = zip(query.split(at_once), number.split(at_once), strict=True)
+        parts = [self._round(*block, count, settle, bounds) for block in blocks]
+        enough, *found = (torch.cat(column) for column in zip(*parts, strict=True))
+        left = (~enough).nonzero()[:, 0] if count < len(self) else ()
+        if len(left):
+            better = self.ask(query[left], 8 * count, settle, number[left], at_once=at_once)
+            for known, new in zip(found, better, strict=True):
+                known[left] = new
+        return found
+
+    def _round(
+        self, query: Tensor, number: Tensor, count: int, settle: Settle, bounds: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """What `settle` says of the `count` rows with the smallest bounds."""
         value, column = self._lowest(query, min(count + 1, len(self)), bounds)
         distance, order = self._exact(query, column[:, :count]).sort(dim=1)
         limit = distance.new_full((len(query), 1), torch.inf)
         if count < len(self):
             limit = root(value[:, count:] + self.squares(query))
         rows = column[:, :count].gather(1, order) + self.scope.start
-        enough, *found = settle(number, distance, rows, limit)
-        left = (~enough).nonzero()[:, 0] if count < len(self) else ()
-        if len(left):
-            better = self.ask(query[left], 8 * count, settle, number[left])
-            for known, new in zip(found, better, strict=True):
-                known[left] = new
-        return found
+        return settle(number, distance, rows, limit)
 
     def squares(self, query: Tensor) -> Tensor:
         """`(1 - c) |q|^2`, (b, 1), float64."""

@@ -32,7 +32,9 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
-from stagewise.engines import Auto, Engine
+from stagewise.engines import Auto, Engine, fused
+from stagewise.engines.fused_lookup import ends_of
+from stagewise.engines.fused_mix import scaled
 from stagewise.masks import as_asked, cut, fitted, masked
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, replace_queries
@@ -145,7 +147,6 @@ class Oracle:
 
         Raises:
             ValueError: As `posterior`.
-            TypeError: If `xt` is not a tensor.
         """
         if condition is not None:
             raise ValueError(
@@ -153,30 +154,6 @@ class Oracle:
                 "ConditionedOracle(bank, path, Condition(bandwidth=...))."
             )
         xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
-        flat, path = self.coefficients(xt, t)
-        count, times = len(xt), as_times(t, xt).detach().to(flat)
-        names: list[int | None] | None = None
-        ends = None
-        if isinstance(own, Tensor) and self.reads_on_device(own, flat):
-            ends = self.bank.ends_of(whole_labels(own, count))
-        elif own is not None:
-            names = list(whole_labels(own, count).tolist() if isinstance(own, Tensor) else own)
-            if len(names) != count:
-                raise ValueError(f"Expected `labels` with shape ({count},), got ({len(names)},).")
-            if self.null_class is not None:
-                names = [None if name == self.null_class else name for name in names]
-        if source is not None:
-            source = checked_source(source, count, self.engine.num_rows(self.bank))
-            source = source.to(flat.device, torch.int64)
-        segments: Sequence[slice] | None = ()
-        if self.engine.holds_all_rows:
-            segments = None if ends is not None else segments_of(self.bank, names, count)
-        about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
-        return Queries(flat, path, segments, source, names, times, **about)
-
-    def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
-        """Checked noisy samples, (B, D), and the path at their times, float64, sigma floored."""
-        require_tensors(xt=xt)
         if xt.shape[1:] != self.bank.shape:
             raise ValueError(
                 f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
@@ -184,14 +161,41 @@ class Oracle:
             )
         if xt.device.type == "mps":
             raise ValueError("The oracle needs float64, which MPS lacks. Use the CPU.")
-        flat, t = xt.detach().flatten(1).double(), as_times(t, xt)
-        check_times(t, len(xt))
+        count, times = len(xt), as_times(t, xt)
+        names: list[int | None] | None = None
+        ends = wrong = None
+        if (own is None or isinstance(own, Tensor)) and self.reads_on_device(own, xt):
+            check_times(times, count, shape_only=True)
+            asked = own if own is None else whole_labels(own, count)
+            ends, wrong = fused.runs(ends_of, self.bank, times.detach(), asked) or (None, None)
+        if wrong is None:
+            check_times(times, count)
+        else:
+            self.bank.report(wrong)
+        flat, path = self.coefficients(xt, times)
+        if own is not None and ends is None:
+            names = whole_labels(own, count).tolist() if isinstance(own, Tensor) else list(own)
+            if len(names) != count:
+                raise ValueError(f"Expected `labels` with shape ({count},), got ({len(names)},).")
+            if self.null_class is not None:
+                names = [None if name == self.null_class else name for name in names]
+        if source is not None:
+            source = checked_source(source, count, self.engine.num_rows(self.bank))
+            source = source.to(flat.device, torch.int64)
+        segments: Sequence[slice] | None = () if ends is None else None
+        if self.engine.holds_all_rows and (own is None or ends is None):
+            segments = segments_of(self.bank, names, count)
+        return Queries(flat, path, segments, source, names, xt.dtype, ends=ends, valid=valid)
+
+    def coefficients(self, xt: Tensor, t: Tensor) -> tuple[Tensor, PathCoefficients]:
+        """Noisy samples, (B, D), and the path at their times, (B,), float64, sigma floored."""
+        flat = xt.detach().flatten(1).double()
         return flat, self.path(t.detach().to(flat)).floored(self.engine.sigma_floor(self.bank))
 
-    def reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
+    def reads_on_device(self, labels: Tensor | None, xt: Tensor) -> bool:
         """Whether labels stay on the device, which saves a sync."""
         plain = self.certificate is None and self.null_class is None
-        there = labels.device == xt.device
+        there = labels is None or labels.device == xt.device
         return plain and there and self.engine.reads_ends(self.bank, xt.device, len(xt))
 
     @untraced
@@ -325,9 +329,9 @@ class Oracle:
         else:
             mean = fitted(posterior.mean, labels, self.bank.shape)[0].flatten(1)
         kind = Prediction.of(prediction or self.convention.prediction)
-        gap = queries.correction(mean - flat, kind, self.bank.max_norm)
-        gap = cut(self.convention.sign_of(kind) * gap, self.bank.shape, x1)
-        return gap.to(x1.dtype)
+        sign = self.convention.sign_of(kind)
+        gap = scaled(self.bank, queries, mean - flat, kind, sign, x1.dtype)
+        return cut(gap, self.bank.shape, x1)
 
     @untraced
     def velocity(

@@ -15,7 +15,7 @@ from stagewise.bank.rows import RowStore
 from stagewise.conventions import STAGEWISE, Convention
 from stagewise.device_checks import require_all, seen_within
 from stagewise.masks import MaskedLabels
-from stagewise.paths import PathCoefficients, Prediction
+from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, upload
 
 __all__ = [
@@ -48,16 +48,15 @@ class Queries:
         path: Coefficients at the B times, each (B,), float64, sigma above 0.
         segments: The rows of each query as a slice of the bank's own order (the whole bank, or a
             class), on the host, so that grouping costs no sync. Empty if the engine does not hold
-            all rows; None if there are `ends` instead.
+            all rows; None if there are only `ends`.
         source: The row each query was made from, (B,), int64, negative if unknown; or None.
         labels: The class of each, on the host, None for the whole bank; or None.
-        t: Times, (B,), float64; or None.
         made_in: The type that `x_t` was computed in.
         x1: What `x_t` was made from, (B, D), float64; or None.
         twin: The row of the query that `x1` stands for and may differ from, -1 for none, (B,); or
             None.
-        ends: The first row of each query's class and the row after its last, (B, 2), int64, if
-            labels are on an accelerator.
+        ends: The first row of each query and the row after its last, (B, 2), int64, where kernels
+            read them; or None.
         valid: Which numbers count, (B, D), bool; or None for all.
         condition: What the model is given for each, (B, C), float64; or None.
     """
@@ -67,7 +66,6 @@ class Queries:
     segments: Sequence[slice] | None
     source: Tensor | None = None
     labels: Sequence[int | None] | None = None
-    t: Tensor | None = None
     made_in: torch.dtype = torch.float32
     x1: Tensor | None = None
     twin: Tensor | None = None
@@ -80,8 +78,9 @@ class Queries:
 
     def on_host(self) -> Queries:
         """The queries with `segments`: a device sync if there are only `ends`."""
-        if self.ends is None:
+        if self.segments is not None:
             return self
+        assert self.ends is not None
         return replace(self, segments=[slice(*pair) for pair in self.ends.tolist()], ends=None)
 
     @cached_property
@@ -168,23 +167,6 @@ class Queries:
         y, centred = self.xt - alpha * centre, x - centre
         logits = alpha * (y @ centred.T) - alpha**2 / 2 * centred.square().sum(1)
         return (logits - y.square().sum(1, keepdim=True) / 2) / self.path.sigma[:, None] ** 2
-
-    def correction(
-        self,
-        difference: Tensor,
-        prediction: Prediction,
-        max_norm: float,
-        lam: Tensor | float = 1.0,
-    ) -> Tensor:
-        """`lambda c_t (m - x_1)` for a `difference` m - x_1, (B, D), float64.
-
-        It is 0 where the difference is within the rounding of samples of norm `max_norm`: at t = 1
-        some paths have an infinite `c_t`.
-        """
-        c = prediction.of_data(self.path)
-        rounding = 16 * torch.finfo(torch.float64).eps * max_norm
-        gap = torch.where(difference.abs() <= rounding, 0.0, (lam * c)[:, None] * difference)
-        return gap if self.valid is None else gap.where(self.valid, 0)
 
 
 def segments_of(bank: RowStore, labels: Sequence[int | None] | None, count: int) -> list[slice]:

@@ -141,7 +141,7 @@ class SmoothedOracle(Oracle):
         return self.smoothing.moved(x1, source, normals, self._share(x1, t))
 
     @override
-    def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
+    def coefficients(self, xt: Tensor, t: Tensor) -> tuple[Tensor, PathCoefficients]:
         flat, path = super().coefficients(xt, t)
         share = self._share(flat, t)
         if share is None:

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from stagewise.engines import Exact
+from stagewise.engines import Exact, fused
 from stagewise.engines.nearest import draw_rows
 from stagewise.lambdas import Constant, Lambda, LambdaLike
 from stagewise.oracle import Oracle
@@ -46,9 +46,6 @@ from stagewise.products import full_precision
 from stagewise.queries import Queries
 
 __all__ = ["Mix", "TargetMean", "ReferenceSet", "Target", "mix_target"]
-
-_NUMBERS = 2**24
-"""Numbers of gathered rows that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +130,10 @@ class Mix(Target):
 
     reads_rows = False
 
+    def posterior(self, oracle: Oracle, draws: Random, queries: Queries, k: int) -> Posterior:
+        """What kernels put into formula (2)."""
+        return oracle.ask(queries, k)
+
     @override
     def mean(self, oracle: Oracle, queries: Queries, draws: Random) -> TargetMean:
         """Formula (2), or m - x_1 for an x_1 drawn from a smoothed set."""
@@ -200,36 +201,41 @@ class ReferenceSet(Target):
                 f"{self.size}. For all rows use Mix()."
             )
 
+    def posterior(self, oracle: Oracle, draws: Random, queries: Queries, k: int) -> Posterior:
+        """What kernels put into formula (2), whose set has the row that x_1 stands for."""
+        assert queries.twin is not None
+        others = _drawn_rows(oracle, queries, self.size - 1, draws, self.shared)
+        table = torch.cat([queries.twin[:, None], others], dim=1)
+        return fused.posterior(oracle.bank, queries, k, table.shape[1], table)
+
     @override
     def mean(self, oracle: Oracle, queries: Queries, draws: Random) -> TargetMean:
         """Formula (1)."""
-        x1 = queries.x1
+        x1, queries = queries.x1, queries.on_host()
         assert x1 is not None
-        if self.shared and queries.segments is not None:
-            others = _shared_rows(oracle, queries, self.size - 1, draws)
-        else:
-            others = _own_rows(oracle, queries, self.size - 1, draws, self.shared)
+        rows = _shared_rows if self.shared else _own_rows
+        others = rows(oracle, queries, self.size - 1, draws)
         gap = others.log_evidence - queries.log_weight(x1)
         share = torch.sigmoid(gap)
         top1 = torch.maximum(torch.sigmoid(-gap), share * others.top1)
         return TargetMean(share[:, None] * (others.mean - x1), top1, torch.zeros_like(top1))
 
 
-def _own_rows(
-    oracle: Oracle, queries: Queries, count: int, draws: Random, shared: bool
-) -> Posterior:
-    """The posterior over `count` random rows for each query, each once and without its twin.
+def _drawn_rows(
+    oracle: Oracle, queries: Queries, count: int, draws: Random, shared: bool = False
+) -> Tensor:
+    """`count` random rows for each query, each once and without its twin; -1 for none, (B, n).
 
-    Those of `shared` are the same for all queries of a class, where labels stay on a device.
+    Those of `shared` are the same for all queries of a class.
     """
     assert queries.twin is not None
     bank, device = oracle.bank, queries.xt.device
     first, stop = queries.ends_on_device[:, :1], queries.ends_on_device[:, 1:]
     sizes, here = stop - first, queries.segments is not None
     generator = np.random.default_rng(draws.getrandbits(64))
-    uniform = generator.random((len(bank.classes) if shared else len(queries), count))
-    places = upload(torch.from_numpy(uniform), device)
-    if shared:
+    sets = len(queries) if not shared else 1 if here else len(bank.classes)
+    places = upload(torch.from_numpy(generator.random((sets, count))), device)
+    if shared and not here:
         firsts = bank.class_table(device)[:, 1].contiguous()
         places = places[torch.searchsorted(firsts, first[:, 0].contiguous())]
     rows = (places * sizes).long()
@@ -242,27 +248,16 @@ def _own_rows(
     twice = rows[:, 1:] == rows[:, :-1]
     rows[:, 1:] = rows[:, 1:].masked_fill(twice, -1)
     table = (rows + first).masked_fill(rows < 0, -1)
-    table = table.masked_fill(table == queries.twin[:, None], -1)
-    if not here:
-        return _of_table(oracle, queries, table)
+    return table.masked_fill(table == queries.twin[:, None], -1)
+
+
+def _own_rows(oracle: Oracle, queries: Queries, count: int, draws: Random) -> Posterior:
+    """The posterior over random rows of each query."""
+    table = _drawn_rows(oracle, queries, count, draws)
     # Its check costs syncs on an accelerator; there are few rows, and their differences are exact.
-    exact = Exact("auto" if device.type == "cpu" else "float32")
+    exact = Exact("auto" if table.device.type == "cpu" else "float32")
     with full_precision():
-        return exact.solve(bank, queries, 1, table=table)
-
-
-def _of_table(oracle: Oracle, queries: Queries, table: Tensor) -> Posterior:
-    """The posterior over the rows of a table, (B, n), -1 for none, from differences in float64."""
-    parts, step = [], max(1, _NUMBERS // (table.shape[1] * oracle.bank.dim))
-    for first in range(0, len(table), step):
-        part = slice(first, first + step)
-        x = oracle.bank.take(table[part].clamp_min(0), device=table.device)
-        alpha, sigma, *_ = (value[part] for value in queries.path)
-        gap = queries.xt[part, None] - alpha[:, None, None] * x
-        logits = gap.square().sum(2) / (-2 * sigma.square())[:, None]
-        post, shares = posterior_of(logits, table[part], 1)
-        parts.append(replace(post, mean=torch.einsum("bn,bnd->bd", shares, x)))
-    return Posterior.cat(parts)
+        return exact.solve(oracle.bank, queries, 1, table=table)
 
 
 def _shared_rows(oracle: Oracle, queries: Queries, count: int, draws: Random) -> Posterior:

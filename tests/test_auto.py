@@ -156,3 +156,19 @@ def test_no_tree_is_built_for_few_queries(low, monkeypatch):
     monkeypatch.setattr(engine.picks[low].tree, "posterior", None)  # would raise
     xt, t, _ = asked(low)
     assert (Oracle(low, engine=engine).posterior(xt, t).tail_mass == 0).all()
+
+
+@pytest.mark.parametrize("engine", [Auto(), Exact(), Exact("float64")], ids=repr)
+@pytest.mark.parametrize("t", [0.01, 0.5, 0.99])
+def test_a_query_too_far_to_tell_rows_apart_has_no_posterior(engine, t):
+    """Its squared distances from all rows are equal in float64: NaN, and not some row."""
+    generator = torch.Generator().manual_seed(0)
+    bank = LatentBank(torch.randn(50, 8, generator=generator))
+    along = torch.randn(8, generator=generator, dtype=torch.float64)
+    xt = along * torch.tensor([1.0, 1e9, 1e15, 1e18, 1e30])[:, None]
+    post = Oracle(bank, engine=engine).posterior(xt, t)
+    near = xt[:2, None] - t * bank.rows.double()
+    weights = (near.square().sum(2) / (-2 * (1 - t) ** 2)).softmax(1)
+    torch.testing.assert_close(post.mean[:2], weights @ bank.rows.double(), rtol=1e-4, atol=1e-5)
+    for statistic in (post.mean, post.weights, post.entropy, post.ess):
+        assert statistic[2:].isnan().all()

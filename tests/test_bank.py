@@ -751,7 +751,7 @@ def test_a_part_of_a_class_wise_bank_is_saved(tmp_path):
 
 def test_what_was_made_for_a_device_is_not_pickled():
     bank = LatentBank(torch.randn(12, 3), torch.arange(12) // 4)
-    bank.ends_of(torch.tensor([1, 2]))
+    bank.class_table(bank.device)
     bank.find(bank.rows)
     assert bank._class_table
     assert bank._sorted_keys

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stagewise import LatentBank, Oracle, products
-from stagewise.engines import Exact, all_rows, fused, kernels, product_kernels
+from stagewise.engines import Exact, all_rows, fused, kernels
 
 triton = pytest.importorskip("triton")
 
@@ -171,7 +171,7 @@ AROUND = {  # what is no pointer to float64, and what is fixed
     "prepare": ({"query": "*fp32", "origin": "*fp32"}, {"dim": 4096, "block": 4096}),
     "merge": (
         {"sums": "*fp32", "best": "*i64", "pulls": "*fp32", "rows": "*i64", "order": "*i32"}
-        | {"parts": "i32", "dim": "i32"},
+        | dict.fromkeys(("queries", "parts", "dim"), "i32"),
         {"block": 512, "chosen": True},
     ),
     "project": ({"query": "*bf16"}, {"dim": 4096, "block": 4096, "halves": True}),
@@ -192,6 +192,7 @@ AROUND = {  # what is no pointer to float64, and what is fixed
         | dict.fromkeys(("width", "parts", "dim", "listed"), "i32"),
         {"block": 512},
     ),
+    "scale": ({"value": "*fp32", "dim": "i32", "rounding": "fp32"}, {"block": 1024}),
     "judge": (
         {"peaks": "*fp32", "columns": "*i64", "order": "*i32"}
         | dict.fromkeys(("width", "dim", "listed"), "i32")
@@ -203,7 +204,7 @@ AROUND = {  # what is no pointer to float64, and what is fixed
 
 @pytest.mark.parametrize(("name", "capability"), zip(AROUND, cycle([80, 90, 100]), strict=False))
 def test_the_others_compile(tmp_path, name, capability):
-    kernel = getattr(kernels, name, None) or getattr(product_kernels, name)
+    kernel = kernels._KERNELS[name]
     kinds, fixed = AROUND[name]
     kinds = {each: "*fp64" for each in kernel.arg_names if each not in fixed} | kinds
     _, report = compiled(kernel, kinds, fixed, capability, 8, tmp_path)

@@ -11,11 +11,10 @@ from random import Random
 import pytest
 import torch
 
-from stagewise import Concentration, LatentBank, LinearPath, Mix, Oracle
+from stagewise import Concentration, LatentBank, LinearPath, Mix, Oracle, ReferenceSet
 from stagewise.bank.row_classes import KNOWN, NO_LABEL, NO_SOURCE, NO_TIME
-from stagewise.engines import Exact, fused_lookup, fused_mix
-from stagewise.engines.fused_lookup import placed
-from stagewise.engines.kernels import shape_of
+from stagewise.engines import Exact, fused, fused_lookup, fused_mix, kernels
+from stagewise.engines.fused_lookup import ends_of, placed
 from stagewise.paths import Prediction
 from stagewise.schemes import correction
 
@@ -24,12 +23,30 @@ triton = pytest.importorskip("triton")
 SHAPES = ((3, "float32"), (40, "bfloat16"))
 TIMES = (0.0, 0.3, 0.999)
 CASES = (
-    (Mix(), "velocity", False, True),
-    (Mix("boundary"), "noise", True, False),
-    (Mix(Concentration()), "velocity", True, True),
-    (Mix(), "data", False, False),
+    (Mix(), "velocity", False, True, None),
+    (Mix("boundary"), "noise", True, False, None),
+    (Mix(Concentration()), "velocity", True, True, None),
+    (Mix(), "data", False, False, None),
+    (Mix(Concentration()), "velocity", True, None, None),
+    (ReferenceSet(4), "velocity", True, True, None),
+    (ReferenceSet(32, shared=True), "velocity", False, True, None),
+    (Mix(), "velocity", False, True, torch.bfloat16),
+    (ReferenceSet(3), "velocity", False, None, None),
 )
-"""Target, prediction, whether a source is told, and whether labels decide."""
+"""Target, prediction, whether a source is told, whether labels decide (None: all rows are read),
+and a type that x_1 is cast to."""
+
+
+class Read(Exact):
+    """Reads rows by the kernels, which elsewhere only a CUDA device does."""
+
+    def posterior(self, bank, queries, k=1):
+        return fused.posterior(bank, queries, k, int(queries.ends.diff(dim=1).max()))
+
+
+def ends(bank, labels):
+    """First row and end of some classes."""
+    return torch.tensor([(bank.segment(y).start, bank.segment(y).stop) for y in labels.tolist()])
 
 
 def batch(dim, dtype, turn=0):
@@ -59,28 +76,31 @@ def batch(dim, dtype, turn=0):
 def errors(dim, dtype):
     """How far targets by kernels are from those by the exact engine, as a share of them."""
     worst = {}
-    cases = CASES if dtype == "float32" else CASES[1:3]
-    for turn, (what, kind, told, named) in enumerate(cases, SHAPES.index((dim, dtype))):
+    cases = CASES if dtype == "float32" else CASES[1:6]
+    for turn, (what, kind, told, named, cast) in enumerate(cases, SHAPES.index((dim, dtype))):
         bank, xt, t, x1, labels, source = batch(dim, dtype, turn)
-        oracle = Oracle(bank, engine=Exact("float64"))
+        oracle, by_kernels = (Oracle(bank, engine=engine) for engine in (Exact("float64"), Read()))
+        if cast:
+            xt, x1 = xt + t[:, None] * (x1.to(cast) - x1), x1.to(cast)
         given = {"xt": xt, "t": t, "x1": x1, "prediction": Prediction(kind), "boundary": 0.4}
         given |= {"source": source if told else None, "on_missing": "insert"}
-        if not named:  # a class is that of its row, or else what is said
+        given |= {"class_wise": named is not None}
+        if named is False:  # a class is that of its row, or else what is said
             row = bank.find(x1)
             row = row.where(source < 0, source) if told else row
             known = torch.tensor(bank.labels_of(row.clamp_min(0).tolist()))
             labels = known.where(row >= 0, labels)
-        options = {"class_wise": True, "draws": Random(0)}
-        expected = correction.correct(what, oracle, labels=labels, **given, **options)
-        found = correction.by_kernel(
-            what, oracle, labels=labels, named=named, dtype=torch.float64, **given
-        )
+        asked = labels if named is not None else None
+        expected = correction.correct(what, oracle, labels=asked, draws=Random(0), **given)
+        options = {"draws": Random(0), "named": bool(named), "dtype": torch.float64}
+        found = correction.by_kernel(what, by_kernels, labels=asked, **given, **options)
         path = oracle.path(t.double()).floored(oracle.engine.sigma_floor(bank))
+        x1 = x1.double()
         target = given["prediction"].target(path, (xt - t[:, None] * x1) / (1 - t)[:, None], x1)
         size = (target + expected.value).norm(dim=1)
         off = (found.value - expected.value).norm(dim=1) / size
         mixed = expected.lam > 0
-        worst[f"{what} {kind}"] = [
+        worst[f"{what} {kind} {told} {named} {cast}"] = [
             float(off.max()),
             float((found.lam - expected.lam).abs().max()),
             int(((found.inserted != expected.inserted) & mixed).sum()),
@@ -88,7 +108,9 @@ def errors(dim, dtype):
     # The row that it finds is the bank's own answer, and the class's ends are.
     labels = batch(dim, dtype)[4]
     found = placed(bank, x1, t, labels, None, True)
-    segments = bank.ends_of(labels)
+    segments = ends(bank, labels)
+    assert torch.equal(ends_of(bank, t, labels)[0], segments)
+    assert torch.equal(ends_of(bank, t, None)[0], torch.tensor([[0, len(bank)]]).expand(8, 2))
     expected = bank.find(x1, first=segments[:, 0])
     inside = (expected >= segments[:, 0]) & (expected < segments[:, 1])
     assert torch.equal(found.row >= 0, inside)  # of equal rows of the class it may be any
@@ -104,7 +126,7 @@ def errors(dim, dtype):
     once = torch.tensor([len((bank.rows == bank.rows[i]).all(1).nonzero()) for i in expected]) == 1
     some = (expected >= 0) & once
     assert some.any()
-    assert torch.equal(dropped.ends[some], bank.ends_of(known[some]))
+    assert torch.equal(dropped.ends[some], ends(bank, known[some]))
     assert torch.equal(dropped.row[some], expected[some])
     assert (dropped.wrong == KNOWN).all()
     stored = bank.take(expected.clamp_min(0)).where(expected[:, None] >= 0, x1.double())
@@ -127,10 +149,20 @@ def refusals(bank, x1, t, labels):
         found = placed(bank, x1, *given)
         assert found.wrong.max() == error
         assert (found.ends[:, 0] == found.ends[:, 1])[found.wrong != KNOWN].all()
+        assert torch.equal(found.near.isnan().any(1), found.wrong != KNOWN)
         bank.report(found.wrong)
         with pytest.raises(ValueError, match=said):
             bank.report(found.wrong)
         bank._unknown.clear()
+    for given, said in (
+        ((nan, labels), "`t` in"),
+        ((t, torch.full_like(labels, 8)), "Class 8 is not in the bank"),
+    ):
+        found, wrong = ends_of(bank, *given)
+        assert (found[:, 0] == found[:, 1]).all()
+        bank.report(wrong)
+        with pytest.raises(ValueError, match=said):
+            bank.report(torch.full((1,), KNOWN))
 
 
 @pytest.fixture(scope="module")
@@ -148,18 +180,19 @@ def interpreted():
 @pytest.mark.parametrize(("dim", "dtype"), SHAPES)
 def test_as_the_exact_engine(interpreted, dim, dtype):
     found = interpreted[f"{dim} {dtype}"]
-    assert len(found) == (len(CASES) if dtype == "float32" else 2)
+    assert len(found) == (len(CASES) if dtype == "float32" else 5)
     for case, (value, lam, inserted) in found.items():
         assert value < 1e-6, case
         assert lam < 1e-6, case
         assert inserted == 0, case
 
 
-def registers(kernel, kinds, fixed, capability, warps, folder):
-    """Bytes that are spilled, by the report of the assembler."""
+def assembled(kernel, kinds, fixed, capability, folder):
+    """Code of a kernel, and bytes that are spilled, by the report of the assembler."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kinds = {name: kind for name, kind in kinds.items() if name not in fixed}
     at = {name: (kernel.arg_names.index(name),) for name in (*kinds, *fixed)}
     aligned = {at[name]: [["tt.divisibility", 16]] for name in kinds if kinds[name][0] == "*"}
     source = ASTSource(
@@ -169,46 +202,51 @@ def registers(kernel, kinds, fixed, capability, warps, folder):
         aligned,
     )
     target = GPUTarget("cuda", capability, 32)
-    ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    ptx = triton.compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
     (folder / "kernel.ptx").write_text(ptx)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     assembler = tools / ("ptxas-blackwell" if capability >= 100 else "ptxas")
     architecture = re.search(r"\.target (\w+)", ptx)[1]
     command = [assembler, "-v", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.bin"]
     report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return re.findall(r"(\d+) bytes spill", report.stderr)
+    return ptx, re.findall(r"(\d+) bytes spill", report.stderr)
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype", "named", "capability"),
+    ("dim", "dtype", "given", "looks", "capability"),
     [
-        *((8192, "fp32", True, capability) for capability in (80, 90, 100)),
-        *((8192, "fp32", False, 90), (4096, "bf16", True, 100), (4096, "bf16", False, 80)),
+        *((8192, "fp32", "fp32", (True, False), capability) for capability in (80, 90, 100)),
+        (4096, "bf16", "fp32", (True, False), 90),
+        *((4096, "bf16", "bf16", (True, True), capability) for capability in (80, 100)),
     ],
 )
-def test_compiles_without_spills(tmp_path, dim, dtype, named, capability):
-    size = 4 if dtype == "fp32" else 2
-    block, _, warps = shape_of(dim, size)
+def test_compiles_without_spills(tmp_path, dim, dtype, given, looks, capability):
+    """With rows and samples, or parts of them, loaded 16 bytes at a time."""
     kinds = dict.fromkeys(fused_lookup.place.arg_names, "*i64")
-    kinds |= {"x1": "*fp32", "t": "*fp32", "rows": f"*{dtype}", "offset": "*fp64", "near": "*fp64"}
-    kinds |= {"missing": "*i1", "count": "i32", "classes": "i32", "steps": "i32"}
-    fixed = {"dim": dim, "block": block}
-    fixed |= {"told": True, "labelled": True, "named": named}
-    kinds = {name: kind for name, kind in kinds.items() if name not in fixed}
-    found = registers(fused_lookup.place, kinds, fixed, capability, warps, tmp_path)
-    # The search for the class keeps a few more numbers, outside of any loop.
-    assert max(map(int, found)) <= (32 if named else 0)
+    kinds |= {"x1": f"*{given}", "t": "*fp32", "rows": f"*{dtype}", "missing": "*i1"}
+    kinds |= dict.fromkeys(("offset", "near"), "*fp64")
+    kinds |= dict.fromkeys(("count", "classes", "steps"), "i32")
+    fixed = {"dim": dim, "block": kernels.part_of(dim), "exact": looks[0], "rounded": looks[1]}
+    fixed |= dict.fromkeys(("told", "labelled", "named", "classed"), True)
+    ptx, spilled = assembled(fused_lookup.place, kinds, fixed, capability, tmp_path)
+    assert spilled == ["0", "0"]
+    wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx)) * 16 * 32 * 4
+    sizes = {"fp32": 4, "bf16": 2}  # the key; both ends of equal keys, compared; r
+    least = sum(looks) * (2 * sizes[given] + sizes[dtype]) + sizes[given] + sizes[dtype]
+    assert wide >= least * fixed["block"]
     kinds = dict.fromkeys(fused_mix.settle.arg_names, "*fp64")
-    kinds |= {"xt": "*fp32", "x1": "*fp32", "rows": f"*{dtype}", "logits": "*fp32"}
-    kinds |= {"row_of": "*i64", "ends": "*i64", "missing": "*i1", "value": "*fp32"}
-    kinds |= {"inserted": "*i1", "width": "i32", "rounding": "fp32"}
-    fixed = {"dim": dim, "block": fused_mix._BLOCK, "columns": 1024}
-    fixed |= {"weighed": True, "listed": True}
-    kinds = {name: kind for name, kind in kinds.items() if name not in fixed}
-    found = registers(fused_mix.settle, kinds, fixed, capability, 4, tmp_path)
-    assert found == ["0", "0"]
+    kinds |= dict.fromkeys(("x1", "value"), "*fp32") | {"rows": f"*{dtype}", "rounding": "fp32"}
+    kinds |= dict.fromkeys(("row_of", "listed"), "*i64")
+    kinds |= dict.fromkeys(("missing", "inserted"), "*i1")
+    for weighed in (True, False):
+        fixed = {"dim": dim, "block": kernels.part_of(dim), "weighed": weighed}
+        assert assembled(fused_mix.settle, kinds, fixed, capability, tmp_path)[1] == ["0", "0"]
+    kinds = dict.fromkeys(fused_lookup.classify.arg_names, "*i64") | {"t": "*fp32"}
+    kinds |= dict.fromkeys(("count", "classes", "steps"), "i32")
+    fixed = {"labelled": True}
+    assert assembled(fused_lookup.classify, kinds, fixed, capability, tmp_path)[1] == ["0", "0"]
 
 
 if __name__ == "__main__":
-    fused_mix._BLOCK = 16  # more than one part of a sample
+    kernels._PART = 16  # more than one part of a sample
     print(json.dumps({f"{dim} {dtype}": errors(dim, dtype) for dim, dtype in SHAPES}))

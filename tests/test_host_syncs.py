@@ -242,39 +242,46 @@ def test_a_class_wise_posterior_is_a_few_launches(on_cuda):
     queries = oracle.queries(batch["xt"], batch["t"], labels, source)
     assert queries.segments is None, "labels were not read back"
     known = replace(queries, x1=queries.xt)
-    for asked, most in ((known, 5), (queries, 11)):
+    xt, t, x1 = batch["xt"], batch["t"], batch["x1"]
+    for ask, most in (
+        (lambda: oracle.engine.posterior(oracle.bank, known), 3),
+        (lambda: oracle.engine.posterior(oracle.bank, queries), 9),
+        (lambda: oracle.posterior(xt, t, labels), 16),
+        (lambda: oracle.posterior(xt, t, labels, k=3), 23),
+        (lambda: oracle.correction(xt, t, x1, labels), 15),
+        (lambda: oracle.velocity(xt, t, labels), 24),
+    ):
         with Launches() as launches:
-            oracle.engine.posterior(oracle.bank, asked)
+            ask()
         assert launches.waits == []
         assert launches.count <= most
-    with Launches() as launches:
-        oracle.posterior(batch["xt"], batch["t"], labels, k=3)
-    assert launches.waits == []
-    assert launches.count <= 40
 
 
 KEPT = (64,)
 """The odd numbers of the keys, which go to a real device once."""
 
+DRAWN = ((8, 3), (10, 3), (256, 3), (1, 3))
+"""Random numbers from the host, pinned and not waited for on a real device."""
+
 SEVERAL = [
-    *((stagewise.Mix(lam), 22, []) for lam in (1.0, "boundary", stagewise.Concentration())),
-    (stagewise.Mix(stagewise.Smooth()), 32, []),
-    # Random numbers from the host, pinned and not waited for on a real device.
-    (stagewise.ReferenceSet(4), 172, [[(8, 3)]]),
-    (stagewise.ReferenceSet(4, "boundary"), 182, [[(8, 3)]]),
-    (stagewise.ReferenceSet(4, shared=True), 176, [[(10, 3)]]),
+    *((stagewise.Mix(lam), 19) for lam in (1.0, "boundary")),
+    (stagewise.Mix(stagewise.Concentration()), 29),
+    (stagewise.Mix(stagewise.Smooth()), 33),
+    (stagewise.ReferenceSet(4), 33),
+    (stagewise.ReferenceSet(4, "boundary"), 34),
+    (stagewise.ReferenceSet(4, shared=True), 37),
 ]
 
 
 @pytest.mark.parametrize(
-    ("target", "most", "told", "labelled", "dtype"),
+    ("target", "most", "labelled", "dtype"),
     [
         *((*some, labelled, torch.float32) for some in SEVERAL for labelled in (True, False)),
         *((*some, k % 4 == 0, torch.bfloat16) for k, some in enumerate(SEVERAL) if k % 2 == 0),
     ],
     ids=repr,
 )
-def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, target, most, told, labelled, dtype):
+def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, target, most, labelled, dtype):
     oracle, batch, labels = on_cuda
     scheme = stagewise.Scheme(oracle, target=target, boundary=0.3)
     scheme._fits = scheme.rows_checked = True  # looks at the numbers of the first call
@@ -284,9 +291,8 @@ def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, target, most, told, label
             u, weight = scheme(batch["x1"], **batch, labels=labels if labelled else None)
     assert u.device == weight.device == labels.device
     assert u.dtype == dtype
-    waits = [shapes for _, shapes in launches.waits if shapes != [KEPT]]
-    assert waits == told
-    assert launches.count <= (most if dtype == torch.float32 else 232)
+    assert all(shapes[0] in (KEPT, *DRAWN) for _, shapes in launches.waits), launches.waits
+    assert launches.count <= most
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -307,7 +313,7 @@ def test_a_whole_step_is_forty_launches(on_cuda, by_hand):
         batch["t"] = ask.times(batch["t"]) if by_hand else draw(8, device="cuda")
         ask(batch["x1"], **batch, labels=labels)
     assert not by_hand or told[0].x0.is_cuda
-    few = 70 if by_hand else 40  # an observer looks on
+    few = 66 if by_hand else 39  # an observer looks on
     assert launches.count - len(launches.waits) <= few
 
 
@@ -341,7 +347,7 @@ def test_ends_on_the_device_are_segments_on_the_host(target):
     x1 = oracle.bank.take(source)
     xt = 0.3 * x1 + 0.7 * torch.randn_like(x1)
     told = replace(oracle.queries(xt, t, labels, source), x1=x1, twin=source)
-    ends = oracle.bank.ends_of(labels)
+    ends = torch.stack([10 * labels, 10 * labels + 10], dim=1)
     asked = replace(told, segments=None, labels=None, ends=ends)
     assert asked.on_host().segments == told.segments
     assert torch.equal(asked.holds(source), told.holds(source))
@@ -371,6 +377,8 @@ def large(request, bank):
         large = object.__new__(stagewise.LatentBank)
         large.__dict__.update(bank.__dict__, rows=rows, shape=(4, 32, 32), largest_class=1300)
         large._class_table = {}
+        keys = torch.empty(2, len(rows), dtype=torch.int64, device="cuda").unbind()
+        large._sorted_keys = {None: keys, torch.bfloat16: keys}
         wide = {"dtype": torch.float64, "device": "cuda"}
         large.offset, large.centre = torch.empty(2, 4096, **wide)
         large.sq_norms, large.mean_sq_norm = torch.empty(len(rows), **wide), torch.empty((), **wide)
@@ -391,7 +399,31 @@ def test_all_rows_of_imagenet_are_a_few_launches(large, precision):
         with Launches() as launches:
             ask()
         assert launches.waits == []
-        assert launches.count <= 60
+        assert launches.count <= 50
+
+
+@pytest.mark.parametrize("target", [target for target, _ in SEVERAL], ids=lambda x: repr(x))
+@pytest.mark.parametrize("class_wise", [True, False])
+def test_a_step_with_imagenet_waits_for_nothing(large, target, class_wise):
+    bank, xt, t = large
+    if (
+        not class_wise
+        and target.lam.sparse
+        and not target.reads_rows
+        and bank.dtype == torch.float32
+    ):
+        pytest.skip("products of float32 rows cost more than a wait, by which fewer are computed")
+    scheme = stagewise.Scheme(
+        stagewise.Oracle(bank), target=target, boundary=0.3, class_wise=class_wise
+    )
+    scheme._fits = scheme.rows_checked = True
+    labels = torch.zeros(256, dtype=torch.int64, device="cuda") if class_wise else None
+    with Launches() as launches:
+        scheme(xt, xt=xt, t=t, x1=xt, labels=labels)
+    # The table of classes and the odd numbers go to a real device once.
+    once = ((4096,), (10, 3))
+    assert all(shapes[0] in (*once, *DRAWN) for _, shapes in launches.waits), launches.waits
+    assert launches.count <= (44 if class_wise else 54)
 
 
 @pytest.mark.parametrize(
@@ -412,27 +444,29 @@ def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
         fused.launch("prepare", [8], [queries.xt, queries.path.alpha], [], [])
 
 
-def test_an_unknown_label_on_a_device_is_told_by_the_next_call(bank, monkeypatch):
+def test_what_is_wrong_on_a_device_is_told_by_the_next_call(bank, monkeypatch):
     """On a device the answer of the call itself is that of no rows, and nothing waits."""
-    labels, late = torch.tensor([3, 99, 0]), []
+    late, known = [], torch.full((3,), row_classes.KNOWN)
     monkeypatch.setattr(row_classes, "_sent", lambda told: (told, lambda: bool(late)))
-    assert bank.ends_of(labels).tolist() == [[36, 48], [0, 0], [0, 12]]
+    bank.report(known.clone().fill_(99).where(torch.arange(3) == 1, known))
+    bank.report(known)
     late.append(True)
     with pytest.raises(ValueError, match="Class 99 is not in the bank, which has 10 classes"):
-        bank.ends_of(labels[:1])
-    assert bank.ends_of(labels[:1]).tolist() == [[36, 48]]
+        bank.report(known)
+    bank.report(known)
+    bank._unknown.clear()
 
 
 @pytest.mark.parametrize("samples", [8, 300])
 def test_nearest_rows_wait_once_for_all_samples(bank, samples, monkeypatch):
-    """Once for each 256 that need no second look, and once for all; not for each sample."""
+    """To know that no sample needs a second look."""
     x = torch.randn(samples, 4, 4, 4)
     x[3] = torch.nan
     # One look at bounds and one gathering for each 256, as an accelerator has it.
     monkeypatch.setattr(nearest_rows, "_GATHER", {"cpu": 2**26})
     with HostSyncs(OURS).counting() as syncs:
         copies.nearest_rows(bank, x)
-    assert len(syncs.places) <= 1 + 2 * -(-samples // 256), syncs.places
+    assert len(syncs.places) == 1, syncs.places
 
 
 @pytest.mark.parametrize("labels", [False, True])

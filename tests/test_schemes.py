@@ -140,7 +140,7 @@ def test_queries_beyond_the_boundary_are_not_asked(monkeypatch):
     answer = oracle.ask
 
     def ask(queries, k=1):
-        seen.append(queries.t.tolist())
+        seen.append(queries.path.alpha.tolist())
         return answer(queries, k)
 
     monkeypatch.setattr(oracle, "ask", ask)

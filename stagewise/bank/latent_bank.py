@@ -75,6 +75,7 @@ class LatentBank(RowStore):
         mean_sq_norm: Mean of `sq_norms`, (), float64.
         radius: The largest distance of a sample from `centre` (not squared).
         max_norm: An upper bound on the norm of a sample.
+        off_centre: The distance of `offset` from `centre`.
         conditions: The conditions of the rows, (N, C), in the bank's own order, or None.
         std: Standard deviation of all numbers inside the masks, around their one mean.
         classes: The classes, ascending; empty without labels. With masks, the keys of the pairs of
@@ -168,6 +169,7 @@ class LatentBank(RowStore):
         self.mean_sq_norm = self.sq_norms.mean()
         self.radius = math.sqrt(float(self.sq_norms.max()))
         self.max_norm = self.radius + float(self.centre.norm())
+        self.off_centre = float((self.centre - self.offset).norm())
         scatter = self.mean_sq_norm / self.dim + self.centre.var(correction=0)
         if self.pairs is not None:
             sizes = torch.tensor(self.class_sizes)

@@ -150,25 +150,6 @@ class RowClasses:
                 self._class_table[device] = table
         return table
 
-    def ends_of(self, labels: Tensor) -> Tensor:
-        """First row and end of the class of each label, (B, 2), int64, without a device sync.
-
-        Args:
-            labels: (B,), int64. An unknown label has no rows: on an accelerator its posterior is
-                NaN, and a later call raises.
-
-        Raises:
-            ValueError: If a label is unknown; on an accelerator, of an earlier call.
-        """
-        table = self.class_table(labels.device)
-        at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
-        found = table[at]
-        known = found[:, 0] == labels
-        self.report(torch.where(known, KNOWN, labels))
-        if labels.device.type == "cpu":
-            self._require_known()
-        return found[:, 1:].where(known[:, None], 0)
-
     def report(self, told: Tensor) -> None:
         """Makes a later call refuse wrong samples; does not wait for the device.
 
@@ -177,13 +158,13 @@ class RowClasses:
                 `NO_LABEL`, otherwise `KNOWN`; (B,), int64.
         """
         self._require_known()
-        if sent := _sent(told.amax()):
+        if sent := _sent(told):
             self._unknown.append(sent)
 
     def _require_known(self) -> None:
         """Refuses a label that was reported as unknown; does not wait for the device."""
         while self._unknown and self._unknown[0][1]():
-            label = int(self._unknown.popleft()[0])
+            label = int(self._unknown.popleft()[0].max())
             if label != KNOWN:
                 self._unknown.clear()
                 if label in _REFUSED:
@@ -217,7 +198,7 @@ def _of_masks(pairs: MaskedLabels | None, segments: dict[int, slice]) -> dict[in
 
 
 def _sent(told: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
-    """A number on its way to the host, and whether it has arrived; None if it is not sent."""
+    """Numbers on their way to the host, and whether they have arrived; None if not sent."""
     if not told.is_cuda:
         return told, lambda: True
     if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():

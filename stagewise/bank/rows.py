@@ -141,7 +141,7 @@ class RowStore(RowClasses):
             )
         flat, dtype = x1.detach().to(self.device).flatten(1), x1.dtype
         found: Tensor | None = None
-        fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
+        exact, rounded = self.looks(dtype)
         more: Tensor | int = 0
         of: list[Any] = [isinstance(masks, MaskedLabels), None, first is not None]
         if isinstance(masks, MaskedLabels):
@@ -154,20 +154,28 @@ class RowStore(RowClasses):
             more = more + condition_keys(c.to(of[1]))
         if first is not None:
             more = more + first.to(self.device) * CLASS_FACTOR
-        if not fewer:
+        if exact:
             wanted = flat
             if self.shifted or dtype != self.dtype:
                 wanted = (flat.double() - self.offset).to(self.dtype)
             # Faster than to index where rows are on the host.
             read = partial(self.rows.index_select, 0)
             found = find_rows(read, self.key_index(None, *of), wanted, more)
-        # Of two 16-bit types neither holds the other, and neither holds samples with an offset.
-        both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
-        if found is None or both:
+        if rounded:
             index = self.key_index(dtype, *of)
-            rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
-            found = rounded if found is None else rounded.where(found < 0, found)
+            other = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
+            found = other if found is None else other.where(found < 0, found)
+        assert found is not None
         return found.to(x1.device)
+
+    def looks(self, dtype: torch.dtype) -> tuple[bool, bool]:
+        """How `find` compares samples of a type: rounded as rows are, and with rows rounded to it.
+
+        Of two 16-bit types neither holds the other, and neither holds samples with an offset.
+        """
+        fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
+        both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
+        return not fewer, fewer or both
 
     def find_near(self, x1: Tensor, within: float = 1e-2) -> Tensor:
         """The row of each sample up to rounding: an encoder rounds differently in another batch.

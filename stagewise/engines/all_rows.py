@@ -62,7 +62,7 @@ def _posterior(bank: LatentBank, queries: Queries, k: int, rtol: float | None) -
     shift = centre - bank.offset.to(device)
     norms = bank.sq_norms.to(device)
     query = torch.empty(count * (1 + halves), dim, dtype=bank.dtype, device=device)
-    figures = xt.new_empty(count, 4)
+    figures = alpha.new_empty(count, 4)
     block = max(16, 1 << (dim - 1).bit_length())
     given = [xt, centre, shift, mean_norm, alpha, sigma]
     launch("project", [count], given, [query, figures], [dim, block, halves], 8)

@@ -6,18 +6,31 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
+from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.posterior import Posterior
 from stagewise.queries import Queries
 
-__all__ = ["LOGIT_ERROR", "NOTHING", "Engine"]
+__all__ = ["LOGIT_ERROR", "NOTHING", "Engine", "lost"]
 
 NOTHING = 1e-12
 """A share of a posterior that is too small to change its mean."""
 
 LOGIT_ERROR = 1e-4
 """The largest error of a logit by rounding."""
+
+
+_LOST = 2.0**-43
+"""A share of the distance to a query below which float64 does not tell two rows apart."""
+
+
+def lost(away: Tensor, spread: Tensor, sigma: Tensor) -> Tensor:
+    """Which queries are so far `away` that float64 does not tell rows apart, `spread` around c.
+
+    Both are norms, of `x_t - a c` and `a (x - c)`. Their posterior is NaN, not that of some row.
+    """
+    return (_LOST * away > spread) & (_LOST * spread * away / sigma.square() > LOGIT_ERROR)
 
 
 class Engine(ABC):
@@ -67,9 +80,9 @@ class Engine(ABC):
         return len(bank)
 
     def reads_ends(self, bank: LatentBank, device: torch.device, count: int) -> bool:
-        """Whether `count` class-wise queries may have `Queries.ends` in place of `segments`.
+        """Whether `count` queries may have `Queries.ends` in place of `segments`.
 
-        Their labels then stay on the device.
+        Labels then stay on the device.
         """
         return False
 

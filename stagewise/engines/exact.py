@@ -45,7 +45,7 @@ from typing_extensions import override
 
 from stagewise.bank import LatentBank
 from stagewise.engines import all_rows, fused
-from stagewise.engines.base import NOTHING, Engine
+from stagewise.engines.base import NOTHING, Engine, lost
 from stagewise.engines.log_weights import CACHED, LogWeights
 from stagewise.posterior import UNDERFLOW, Posterior, Rest, posterior_of, replace_queries
 from stagewise.products import full_precision, rounding, working_dtype
@@ -131,7 +131,12 @@ class Exact(Engine):
             found = fused.runs(self._by_kernels, bank, queries, k)
             if found is not None:
                 return found
-        return in_blocks(bank, queries.on_host(), lambda some: self.solve(bank, some, k))
+        queries, (alpha, sigma, *_) = queries.on_host(), queries.path
+        away = queries.xt.norm(dim=1) - alpha * (bank.max_norm - bank.radius)
+        far = lost(away, alpha * bank.radius, sigma)
+        if far.device.type != "cpu" or far.any():
+            queries = replace(queries, xt=queries.xt.masked_fill(far[:, None], torch.nan))
+        return in_blocks(bank, queries, lambda some: self.solve(bank, some, k))
 
     def _by_kernels(self, bank: LatentBank, queries: Queries, k: int) -> Posterior:
         every, segments = range(len(queries)), queries.segments

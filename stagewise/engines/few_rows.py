@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.engines.base import lost
 from stagewise.posterior import NO_ROW, Posterior, posterior_of
 from stagewise.products import rounding
 from stagewise.queries import Queries, indices_of
@@ -77,7 +78,9 @@ def posterior(bank: LatentBank, rows: Tensor, queries: Queries, k: int) -> Poste
         lead = logits[some].masked_fill(own[some] < 0, NO_ROW)
         lead = lead.topk(min(_LEADING, width), dim=1).indices
         gap = y[some, None] - alpha[some, None] * rows[at[some].gather(1, lead)]
-        logits[some[:, None], lead] = gap.square().sum(2) / (-2 * variance[some])
+        found = gap.square().sum(2) / (-2 * variance[some])
+        far = lost((2 * half[some]).sqrt(), alpha[some] * bank.radius, sigma[some])
+        logits[some[:, None], lead] = found.masked_fill(far, torch.nan)
     post, shares = posterior_of(logits, own, k)
     weights = shares if whole else products.zero_().scatter_add_(1, at, shares)
     return replace(post, mean=torch.addmm(bank.centre, weights, rows))

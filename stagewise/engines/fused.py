@@ -136,13 +136,14 @@ class Around:
         """The posterior, written `into` tensors of an earlier call if these are given.
 
         Returns:
-            The mean, (B, D); log-evidence, entropy, effective sample size, largest weight, and
-            `log sum_i exp(l_i - l_r)`, (B, 5); all float64. The row of the largest weight, (B,).
+            The mean, (B, D); log-evidence, entropy, effective sample size, largest weight,
+            `log sum_i exp(l_i - l_r)`, and 0, (6, B); all float64. The row of the largest weight,
+            (B,).
         """
         count, dim = self.near.shape
         made = into or (
             torch.empty_like(self.near),
-            self.near.new_empty(count, 5),
+            self.near.new_empty(6, count),
             self.near.new_empty(count, dtype=torch.int64),
         )
         step = min(self.block, 512)
@@ -151,7 +152,7 @@ class Around:
             [count if order is None else min(count, _SLOTS), -(-dim // step)],
             [*parts[:3], self.near, self.factors, self.factors if order is None else order],
             made,
-            [parts.sums.shape[1], dim, step, order is not None],
+            [count, parts.sums.shape[1], dim, step, order is not None],
         )
         return made
 
@@ -209,13 +210,19 @@ def by_rows(bank: LatentBank, count: int, width: int) -> bool:
     return count * width <= max(2, count / queries) * len(bank)
 
 
-def posterior(bank: LatentBank, queries: Queries, k: int, width: int) -> Posterior:
+def posterior(
+    bank: LatentBank, queries: Queries, k: int, width: int, table: Tensor | None = None
+) -> Posterior:
     """The posterior of each query over its at most `width` rows, for a bank that `serves` accepts.
 
-    Costs no device sync. Returns what `Engine.posterior` does.
+    Costs no device sync. Rows are those of its ends, or with a `table`, (B, width), those listed
+    there, -1 for none, of queries with `x1`. Returns what `Engine.posterior` does.
     """
     step = at_a_time(bank, width)
-    return Posterior.cat([_posterior(bank, some, k, width) for some in queries.split(step)])
+    if table is None:
+        return Posterior.cat([_posterior(bank, some, k, width) for some in queries.split(step)])
+    pairs = zip(queries.split(step), table.split(step), strict=True)
+    return Posterior.cat([_posterior(bank, some, k, width, own) for some, own in pairs])
 
 
 def at_a_time(bank: LatentBank, width: int) -> int:
@@ -224,27 +231,34 @@ def at_a_time(bank: LatentBank, width: int) -> int:
     return min(MOST, max(1, _PART_BYTES // (4 * bank.dim * parts)))
 
 
-def _posterior(bank: LatentBank, queries: Queries, k: int, width: int) -> Posterior:
-    xt, ends = queries.xt, queries.ends_on_device
-    near = queries.x1
+def _posterior(
+    bank: LatentBank, queries: Queries, k: int, width: int, table: Tensor | None = None
+) -> Posterior:
+    xt, ends = queries.xt, queries.ends_on_device if table is None else table
+    tabled, near = table is not None, queries.x1
     if near is None:
         around = Around(bank, queries, bank.centre.to(xt.device).expand_as(xt))
         near = bank.take(around.merge(around.parts(ends, width))[2], xt.device)
     around = Around(bank, queries, near)
-    parts = around.parts(ends, width, listed=k > 1)
+    parts = around.parts(ends, width, listed=k > 1, tabled=tabled)
+
+    def rows_at(place: Tensor) -> Tensor:
+        return ends.gather(1, place) if tabled else ends[:, :1] + place
+
     mean, told, row = around.merge(parts)
-    return listing(mean, told, row, k, parts.logits, lambda place: ends[:, :1] + place)
+    return listing(mean, told, row, k, parts.logits, rows_at)
 
 
 def listing(
     mean: Tensor, told: Tensor, row: Tensor, k: int, logits: Tensor, rows_at: Any
 ) -> Posterior:
     """The posterior from what `Around.merge` returns, with the k largest of the `logits`."""
-    log_evidence, entropy, ess, top, relative = told.unbind(1)
+    log_evidence, entropy, ess, top, relative, tail = told
     weights, rows = top[:, None], row[:, None]
     if k > 1:
         largest, place = logits.topk(min(k, logits.shape[1]), dim=1)
-        none = (0, k - place.shape[1])
-        weights = pad((largest - relative[:, None]).exp(), none)
-        rows = pad(rows_at(place).masked_fill(largest == -torch.inf, -1), none, value=-1)
-    return Posterior(mean, log_evidence, entropy, ess, weights, rows, torch.zeros_like(top))
+        weights = (largest - relative[:, None]).exp()
+        rows = rows_at(place).masked_fill(largest == -torch.inf, -1)
+        if none := k - place.shape[1]:
+            weights, rows = pad(weights, (0, none)), pad(rows, (0, none), value=-1)
+    return Posterior(mean, log_evidence, entropy, ess, weights, rows, tail)

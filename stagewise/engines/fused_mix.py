@@ -1,32 +1,28 @@
 # ruff: noqa: ANN001 (what Triton compiles is annotated for Triton)
-r"""What `Mix` adds to the targets of a class-wise batch on CUDA: five launches, no sync.
+r"""What a target adds to a batch on CUDA, without a sync: `value = lambda c_t (m - x_1)`.
 
-    value = lambda c_t (m - x_1),
-
-with m - x_1 by formula (2) of `stagewise.targets`. `placed` looks up each sample, `fused.Around`
-reads the rows of its class, and `settle` replaces the row that x_1 stands for by x_1. If x_1 is a
-row, r is its stored value, and differences from r are exact.
+`placed` looks up each sample, an engine or a table of rows gives the posterior around r, and
+`settle` replaces the row that x_1 stands for by x_1, by formula (2) of `stagewise.targets`. If x_1
+is a row, r is its stored value, and differences from r are exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.bank.building import whole_labels
 from stagewise.engines import fused
 from stagewise.engines.fused_lookup import placed
-from stagewise.engines.kernels import kernel, launch, shape_of, tl
-from stagewise.paths import PathCoefficients
+from stagewise.engines.kernels import kernel, launch, part_of, tl
+from stagewise.paths import PathCoefficients, Prediction
+from stagewise.posterior import Posterior
 from stagewise.queries import Queries
 
-__all__ = ["Mixed", "mixed", "takes"]
-
-_BLOCK = 1024
-"""Numbers of a sample that `settle` holds in registers, in five vectors of float64."""
+__all__ = ["Mixed", "mixed", "scaled"]
 
 
 class Mixed(NamedTuple):
@@ -57,10 +53,10 @@ def settle(
     rows,
     offset,
     mean,
-    told,
-    logits,
+    log_evidence,
+    weights,
+    listed,
     row_of,
-    ends,
     alpha,
     sigma,
     scale,
@@ -69,18 +65,15 @@ def settle(
     value,
     top1,
     inserted,
-    width,
     dim: tl.constexpr,
     block: tl.constexpr,
     weighed: tl.constexpr,
-    listed: tl.constexpr,
-    columns: tl.constexpr,
     rounding,
 ) -> None:
     """Formula (2), and the largest weight."""
     b = tl.program_id(0).to(tl.int64)
     a, s, row = tl.load(alpha + b), tl.load(sigma + b), tl.load(row_of + b)
-    relative, scaled = tl.load(told + 5 * b + 4), a / (s * s)
+    relative, scaled = tl.load(log_evidence + b), a / (s * s)
     own, gamma = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
     # Log-weights less that of r, from differences; a part of the numbers at a time.
     for start in range(0, dim, block):
@@ -94,6 +87,8 @@ def settle(
         twin = tl.where(row >= 0, twin, r)
         own += scaled * tl.sum((x - r) * (noisy - a * (x + r) / 2), axis=0)
         gamma += scaled * tl.sum((twin - r) * (noisy - a * (twin + r) / 2), axis=0)
+        gap = tl.where(inside, noisy - a * r, 0.0)
+        relative += tl.sum(gap * gap, axis=0) / (2 * s * s)
     own = tl.exp(own - relative)
     gamma = tl.where(row >= 0, tl.minimum(tl.exp(gamma - relative), 1.0), 0.0)
     total = tl.maximum(1 - gamma + own, 2.2250738585072014e-308)
@@ -116,31 +111,58 @@ def settle(
         out = (times * difference).to(value.dtype.element_ty)
         tl.store(value + b * dim + at, out, mask=inside)
     largest = tl.full((), 0.0, tl.float64)
-    if listed:
-        peak = tl.full((), float("-inf"), tl.float32)
-        skipped = row - tl.load(ends + 2 * b)
-        for start in range(0, width, columns):
-            column = start + tl.arange(0, columns)
-            kept = (column < width) & (column != skipped)
-            score = tl.load(logits + b * width + column, mask=kept, other=float("-inf"))
-            peak = tl.maximum(peak, tl.max(score, axis=0))
-        largest = tl.maximum(tl.exp(peak.to(tl.float64) - relative), own)
+    if not weighed:  # of two weights, one may be that of the row
+        for i in range(2):
+            weight, which = tl.load(weights + 2 * b + i), tl.load(listed + 2 * b + i)
+            largest = tl.maximum(largest, tl.where(which == row, 0.0, weight))
+        largest = tl.maximum(largest, own)
         largest = tl.where(own == float("inf"), 1.0, largest / total)
-    tl.store(top1 + 2 * b, largest)
-    tl.store(top1 + 2 * b + 1, 0.0)
+    tl.store(top1 + b, largest)
 
 
-def takes(bank: LatentBank, x1: Tensor) -> bool:
-    """Whether `mixed` accepts this number and type of samples, if `fused.serves` is true.
+@kernel
+def scale(difference, factor, value, dim, block: tl.constexpr, rounding) -> None:
+    """`c_t (m - x_1)`, 0 where the difference is within its rounding."""
+    b = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    gap = tl.load(difference + b * dim + at, mask=at < dim, other=0.0)
+    gap = tl.where(tl.abs(gap) <= rounding, 0.0, tl.load(factor + b) * gap)
+    tl.store(value + b * dim + at, gap.to(value.dtype.element_ty), mask=at < dim)
 
-    `bank.find` looks up samples of fewer digits than the rows.
+
+def scaled(
+    bank: LatentBank,
+    queries: Queries,
+    difference: Tensor,
+    prediction: Prediction,
+    lam: Tensor | float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """`lambda c_t (m - x_1)` for a `difference` m - x_1, (B, D), float64, as `dtype`.
+
+    It is 0 where the difference is within its rounding: at t = 1 some paths have an infinite `c_t`.
     """
-    narrow = x1.dtype.itemsize < bank.dtype.itemsize
-    half = x1.dtype.itemsize == bank.dtype.itemsize == 2
-    narrow |= half and (x1.dtype != bank.dtype or bank.shifted)
-    width = bank.largest_class
-    fits = len(x1) <= fused.at_a_time(bank, width)
-    return not narrow and fits and fused.by_rows(bank, len(x1), width)
+    factor, gap = prediction.of_data(queries.path), None
+    factor = factor if isinstance(lam, (int, float)) and lam == 1 else lam * factor
+    if fused.serves(bank, difference.device):
+        gap = fused.runs(_scaled, difference, factor, _rounding(bank), dtype)
+    if gap is None:
+        within = difference.abs() <= _rounding(bank)
+        gap = torch.where(within, 0.0, factor[:, None] * difference).to(dtype)
+    return gap if queries.valid is None else gap.where(queries.valid, 0)
+
+
+def _rounding(bank: LatentBank) -> float:
+    """The largest number of a difference m - x_1 that may be rounding."""
+    return 16 * torch.finfo(torch.float64).eps * bank.max_norm
+
+
+def _scaled(difference: Tensor, factor: Tensor, rounding: float, dtype: torch.dtype) -> Tensor:
+    count, dim = difference.shape
+    value = torch.empty_like(difference, dtype=dtype)
+    read, step = [x.contiguous() for x in (difference, factor)], part_of(dim)
+    launch("scale", [count, -(-dim // step)], read, [value], [dim, step], values=[rounding])
+    return value
 
 
 def mixed(
@@ -153,31 +175,32 @@ def mixed(
     path: PathCoefficients,
     scale: Tensor,
     lam: Tensor | None,
+    ask: Callable[[Queries, int], Posterior],
     *,
     named: bool,
+    class_wise: bool,
     dtype: torch.dtype,
 ) -> Mixed:
-    """What `Mix` adds to the targets of a batch: five launches.
+    """What a target adds to a batch, for a bank that `fused.serves`.
 
-    `fused.serves` and `takes` must be true. `path` has the coefficients at the times, float64,
-    sigma above 0; `scale` is `c_t`, (B,), float64; `lam` is lambda, (B,), float64, None if it
-    depends on the largest weight. `named` is as in `placed`, `dtype` that of the value.
+    `path` has the coefficients at the times, float64, sigma above 0; `scale` is `c_t`, (B,),
+    float64; `lam` is lambda, (B,), float64, None if it depends on the largest weight. `ask` gives
+    the posterior of queries, with this many weights, over their rows or some of them. `labels`,
+    `named` and `class_wise` are as in `placed`, `dtype` is that of the value.
     """
-    flat, given = (x.detach().flatten(1).contiguous() for x in (xt, x1))
-    labels = None if labels is None else whole_labels(labels, len(x1))
-    found = placed(bank, given, t, labels, source, named)
-    around = fused.Around(bank, Queries(flat, path, None, ends=found.ends), found.near)
-    parts = around.parts(found.ends, bank.largest_class, listed=lam is None)
-    mean, told, _ = around.merge(parts)
+    flat, given = xt.detach().flatten(1).double(), x1.detach().flatten(1).contiguous()
+    found = placed(bank, given, t, labels, source, named, class_wise)
+    segments = None if class_wise else [bank.whole] * len(x1)
+    asked = Queries(flat, path, segments, ends=found.ends, x1=found.near, twin=found.row)
+    post = ask(asked, 1 if lam is not None else 2)
     value = torch.empty_like(given, dtype=dtype)
-    top1, inserted = torch.empty_like(told[:, :2]), torch.empty_like(found.missing)
-    width, dim = parts.logits.shape[1], bank.dim
-    tensors = [flat, given, found.near, bank.rows, bank.offset, mean, told, parts.logits]
-    tensors += [found.row, found.ends, path.alpha, path.sigma, scale]
+    top1, inserted = torch.empty_like(post.log_evidence), torch.empty_like(found.missing)
+    tensors = [flat, given, found.near, bank.rows, bank.offset, post.mean, post.log_evidence]
+    tensors += [post.weights, post.rows, found.row, path.alpha, path.sigma, scale]
     tensors += [scale if lam is None else lam, found.missing]
     launch(
         *("settle", [len(x1)], [x.contiguous() for x in tensors], [value, top1, inserted]),
-        [width, dim, min(shape_of(dim, 8)[0], _BLOCK), lam is not None, lam is None, 1024],
-        values=[16 * torch.finfo(torch.float64).eps * bank.max_norm],
+        [bank.dim, part_of(bank.dim), lam is not None],
+        values=[_rounding(bank)],
     )
-    return Mixed(value.reshape(x1.shape), top1[:, 0], found.row, inserted, top1[:, 1], found.wrong)
+    return Mixed(value.view_as(x1), top1, found.row, inserted, post.tail_mass, found.wrong)

@@ -20,13 +20,16 @@ try:
 except ImportError:  # a build of torch without it
     triton = tl = None
 
-__all__ = ["kernel", "launch", "missing", "shape_of"]
+__all__ = ["kernel", "launch", "missing", "part_of", "shape_of"]
 
 _OLDEST = (3, 0)
 
 _BYTES = 2**15
 """Bytes of rows that `pull` reads at a time: enough to keep the memory busy, few enough for its
 registers."""
+
+_PART = 1024
+"""Numbers of a sample that a program holds in registers if it needs several vectors of them."""
 
 _KERNELS: dict[str, Any] = {}
 
@@ -179,6 +182,7 @@ def merge(
     mean,
     told,
     rows,
+    queries,
     parts,
     dim,
     block: tl.constexpr,
@@ -219,11 +223,12 @@ def merge(
         tl.store(mean + b * dim + at, r + total / z, mask=at < dim)
         if tl.program_id(1) == 0:
             relative = peak + tl.log(z)
-            tl.store(told + 5 * b, relative - tl.load(factors + 2 * b + 1))
-            tl.store(told + 5 * b + 1, tl.log(z) - moment / z)
-            tl.store(told + 5 * b + 2, z * z / squares)
-            tl.store(told + 5 * b + 3, 1 / z)
-            tl.store(told + 5 * b + 4, relative)
+            tl.store(told + b, relative - tl.load(factors + 2 * b + 1))
+            tl.store(told + queries + b, tl.log(z) - moment / z)
+            tl.store(told + 2 * queries + b, z * z / squares)
+            tl.store(told + 3 * queries + b, 1 / z)
+            tl.store(told + 4 * queries + b, relative)
+            tl.store(told + 5 * queries + b, 0.0)  # the tail mass
             tl.store(rows + b, row)
 
 
@@ -242,6 +247,11 @@ def shape_of(dim: int, size: int) -> tuple[int, int, int]:
     warps = min(16, max(1, block // 256))
     # 32 numbers a thread, which stay in registers.
     return block, max(1, min(32, 1024 * warps // block, _BYTES // (block * size))), warps
+
+
+def part_of(dim: int) -> int:
+    """How many of `dim` numbers a program reads at a time, with 4 warps, if it loops over them."""
+    return min(shape_of(dim, 8)[0], _PART)
 
 
 @torch.library.custom_op("stagewise::launch", mutates_args=("written",))

@@ -199,7 +199,7 @@ def judge(
     delta = unit * tl.load(figures + 4 * b + 3) * a / (s * s) * reach
     delta += growth * tl.abs(product)
     after = peak - tl.load(figures + 4 * b + 2) + tl.load(factors + 2 * b + 1)
-    after -= tl.load(told + 5 * b + 4)
+    after -= tl.load(told + 4 * tl.num_programs(0) + b)
     root = tl.sqrt(tl.load(totals + 3 * b + 1)) * tl.exp(after)
     # Either the logits of the tail are nearly right, or they are too small to matter.
     error = delta * root * tl.exp(tl.minimum(16 * delta, 600.0))

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stagewise.bank.building import whole_labels
 from stagewise.device_checks import require_all
 from stagewise.engines import fused, fused_mix
 from stagewise.masks import MaskedLabels, compared_within
@@ -19,7 +20,7 @@ from stagewise.paths import Prediction, expand_like
 from stagewise.posterior import upload
 from stagewise.queries import Labels, checked_source, indices_of
 from stagewise.schemes.refusals import check_rows
-from stagewise.targets import Mix, Target
+from stagewise.targets import Mix, ReferenceSet, Target
 
 __all__ = ["Correction", "by_kernel", "correct", "runs_kernel"]
 
@@ -45,6 +46,10 @@ class Correction(NamedTuple):
         zero = torch.zeros(len(x1), dtype=torch.float64, device=x1.device)
         value = torch.zeros_like(x1, dtype=torch.float64)
         return cls(value, zero, torch.zeros_like(zero, dtype=torch.bool), zero.clone())
+
+    def of(self, only: Tensor) -> Correction:
+        """Zero but for some of the samples, (B,), bool."""
+        return Correction(*(x.masked_fill(~expand_like(only, x), 0) for x in self))
 
 
 def correct(
@@ -73,10 +78,12 @@ def correct(
     kernel may return the value.
     """
     of_masks = isinstance(labels, MaskedLabels)
-    cheap = stays_on_device(oracle, labels, x1, class_wise)
+    cheap = (class_wise or of_masks) and stays_on_device(oracle, labels, x1, class_wise)
     cheap = cheap and not (of_masks and target.reads_rows)
-    if only is None and runs_kernel(target, oracle, labels, x1, class_wise):
-        own = labels_of() if labels is None and labels_of is not None else labels
+    if runs_kernel(target, oracle, labels, x1, class_wise):
+        own = None
+        if class_wise:
+            own = labels_of() if labels is None and labels_of is not None else labels
         assert own is None or isinstance(own, Tensor)
         part = by_kernel(
             target,
@@ -85,15 +92,17 @@ def correct(
             t=t,
             x1=x1,
             prediction=prediction,
+            draws=draws,
             labels=own,
-            named=labels is not None,
+            class_wise=class_wise,
+            named=class_wise and labels is not None,
             source=source,
             on_missing=on_missing,
             boundary=boundary,
             dtype=dtype,
         )
         if part is not None:
-            return part
+            return part if only is None else part.of(only)
     every, lam, asked = x1, None, None
     if target.lam.sparse:
         lam = target.lam(t.double(), None, oracle.path, boundary)
@@ -133,13 +142,13 @@ def correct(
         mean = target.mean(oracle, queries, draws)
         if lam is None:
             lam = target.lam(t.double(), mean.top1, oracle.path, boundary)
-        value = queries.correction(mean.difference, prediction, oracle.bank.max_norm, lam)
+        value = fused_mix.scaled(oracle.bank, queries, mean.difference, prediction, lam)
         value = value.reshape(x1.shape)
     # A draw from a smoothed set is not a row, and is not added to the set.
     inserted = (stored < 0) & (oracle.smoothing is None)
     part = Correction(value, lam, inserted, mean.tail_mass)
     if only is not None and cheap:
-        return Correction(*(x.masked_fill(~expand_like(only, x), 0) for x in part))
+        return part.of(only)
     if asked is None:
         return part
     none = Correction.none(every)
@@ -149,7 +158,7 @@ def correct(
 
 
 def stays_on_device(oracle: Oracle, labels: Labels | None, x1: Tensor, class_wise: bool) -> bool:
-    """Whether a kernel reads the rows of each sample's class, whose label stays on the device.
+    """Whether kernels read the rows of each sample, and labels stay on the device.
 
     Then computing all samples costs less than a sync to select those with a lambda above 0.
     """
@@ -157,9 +166,9 @@ def stays_on_device(oracle: Oracle, labels: Labels | None, x1: Tensor, class_wis
         return False
     if isinstance(labels, MaskedLabels):
         return oracle.reads_on_device(labels.mask, x1)
-    known = labels is None or isinstance(labels, Tensor)
-    where = labels if isinstance(labels, Tensor) else x1
-    return class_wise and known and oracle.reads_on_device(where, x1)
+    if class_wise and labels is not None:
+        return isinstance(labels, Tensor) and oracle.reads_on_device(labels, x1)
+    return oracle.reads_on_device(None, x1)
 
 
 def runs_kernel(
@@ -170,15 +179,22 @@ def runs_kernel(
     class_wise: bool,
 ) -> bool:
     """Whether kernels compute, and check, the whole correction."""
+    if target is None or oracle is None or not stays_on_device(oracle, labels, x1, class_wise):
+        return False
+    bank = oracle.bank
+    width = bank.largest_class if class_wise else len(bank)
     return (
-        target is not None
-        and oracle is not None
-        and stays_on_device(oracle, labels, x1, class_wise)
-        and not oracle.condition
-        and oracle.bank.pairs is None
-        and type(target).mean is Mix.mean
+        not oracle.condition
+        and bank.pairs is None
+        and type(target).mean in (Mix.mean, ReferenceSet.mean)
         and oracle.engine.runs_kernel
-        and fused_mix.takes(oracle.bank, x1)
+        # A product of float32 rows with all samples costs more than a sync.
+        and (
+            target.reads_rows
+            or not target.lam.sparse
+            or bank.dtype.itemsize == 2
+            or fused.by_rows(bank, len(x1), width)
+        )
     )
 
 
@@ -190,7 +206,9 @@ def by_kernel(
     t: Tensor,
     x1: Tensor,
     prediction: Prediction,
+    draws: Random,
     labels: Tensor | None,
+    class_wise: bool,
     named: bool,
     source: Tensor | None,
     on_missing: str,
@@ -202,6 +220,8 @@ def by_kernel(
     Values out of range are reported to the bank, which refuses them when the device has found them.
     With `named` the labels decide, otherwise only for an x_1 that is not a row.
     """
+    assert isinstance(target, (Mix, ReferenceSet))
+    labels = None if labels is None else whole_labels(labels, len(x1))
     if source is not None:
         source = checked_source(source, len(x1), None).to(x1.device, torch.int64)
     double, lam = t.double(), None
@@ -210,7 +230,8 @@ def by_kernel(
         lam = target.lam(double, None, oracle.path, boundary)
     dtype = torch.float64 if lam is None else dtype
     given = (oracle.bank, xt, t, x1, labels, source, path, prediction.of_data(path), lam)
-    found = fused.runs(partial(fused_mix.mixed, *given, named=named, dtype=dtype))
+    kernels = partial(fused_mix.mixed, named=named, class_wise=class_wise, dtype=dtype)
+    found = fused.runs(kernels, *given, partial(target.posterior, oracle, draws))
     if found is None:
         return None
     oracle.bank.report(found.wrong)

@@ -150,11 +150,11 @@ def test_a_short_training(trained, kind, rows, labelled, tmp_path, lightning_log
     assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
     said = " ".join(record.getMessage() for record in lightning_log.records)
     warned = [
-        str(each.message) for each in recwarn if "stagewise: the smoothing" in str(each.message)
+        str(each.message) for each in recwarn if "so smoothing takes all" in str(each.message)
     ]
     assert len(warned) == (kind == "two stages" and rows < 9)
     if warned:
-        assert f"the {rows - 1} other rows as neighbours of each row in place of 8" in warned[0]
+        assert f"all {rows - 1} other rows as the neighbours of each row" in warned[0]
     events = events_of(tmp_path)
     for probe in (event for event in events if event["event"] == "probe"):
         for name in ("midpoint", "collapsed"):
@@ -193,5 +193,5 @@ def test_smoothing_of_few_rows():
         Smoothing(bank)
     with pytest.raises(ValueError, match=r"at least 20 rows .* got 5: Smoothing\(bank, n.*=4"):
         Smoothing.fit(bank)
-    with pytest.warns(UserWarning, match="the 4 other rows as neighbours"):
+    with pytest.warns(UserWarning, match="all 4 other rows as the neighbours"):
         assert Scheme.two_stage(Oracle(bank)).smoothing.neighbours == 4

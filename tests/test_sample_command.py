@@ -166,7 +166,7 @@ def test_noise_depends_on_seed_and_index_alone():
     # A seed alone, as data and training take it, gives other numbers, also for sample 0.
     for seed in (0, 1):
         trained_with = np.random.SeedSequence((seed, 0, 0, 0)).generate_state(1, np.uint64)[0]
-        draws = torch.Generator().manual_seed(int(trained_with >> 1))
+        draws = torch.Generator().manual_seed(int(trained_with) >> 1)
         assert not torch.equal(torch.randn(3, 4, generator=draws), noise_of(seed, 0, (3, 4)))
     many = torch.stack([noise_of(0, i, (4,)) for i in range(4000)])
     assert many.mean().abs() < 0.04

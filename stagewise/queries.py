@@ -171,8 +171,8 @@ class Queries:
 
 def segments_of(bank: RowStore, labels: Sequence[int | None] | None, count: int) -> list[slice]:
     """The rows of each of `count` queries: those of its class, or for None the bank."""
-    labels = [None] * count if labels is None else labels
-    return [bank.whole if label is None else bank.segment(label) for label in labels]
+    labels, whole = [None] * count if labels is None else labels, bank.whole
+    return [whole if label is None else bank.segment(label) for label in labels]
 
 
 def indices_of(flags: Tensor) -> list[int]:

@@ -551,11 +551,11 @@ def test_chunks_pass_through_one_buffer_of_bounded_size(monkeypatch):
     assert bank.whole == slice(0, 1000)
     places = {rows.data_ptr() for _, rows in bank.chunks(bank.whole, 100, dtype=torch.float64)}
     assert len(places) == 1
-    monkeypatch.setattr("stagewise.bank.streaming._BUFFER_BYTES", 300 * 16 * 8)
+    monkeypatch.setitem(streaming._BUFFER_BYTES, "cpu", 300 * 16 * 8)
     sizes = [len(rows) for _, rows in bank.chunks(bank.whole, dtype=torch.float64)]
     assert sizes == [300, 300, 300, 100]
     assert [len(rows) for _, rows in bank.chunks(bank.whole)] == [1000]
-    monkeypatch.setattr("stagewise.bank.streaming._BUFFER_BYTES", 1)
+    monkeypatch.setitem(streaming._BUFFER_BYTES, "cpu", 1)
     sizes = [len(rows) for _, rows in bank.chunks(bank.whole, dtype=torch.float64)]
     assert sizes == [256, 256, 256, 232]
     with pytest.raises(ValueError, match="`size` of at least 1 row, got 0"):

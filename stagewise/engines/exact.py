@@ -90,8 +90,8 @@ class Exact(Engine):
             1e-4 for 16-bit rows on an accelerator, whose products are split (`stagewise.products`);
             for a bank on CUDA `|dm| / |m - x_1|`. From 1e-4 on, a CPU with bfloat16 instructions
             uses them for bfloat16 rows, whose own rounding is larger.
-        chunk_size: Rows multiplied at a time; default all, or 32 MiB if they must be converted or
-            moved.
+        chunk_size: Rows multiplied at a time; default all, or 8 MiB if they must be converted, and
+            32 MiB if they must be moved.
 
     Example:
         >>> import torch
@@ -295,7 +295,8 @@ def in_blocks(
     order: list[int] = []
     assert queries.segments is not None
     segments = queries.segments
-    whole = [rows == bank.whole for rows in segments]
+    every = bank.whole
+    whole = [rows == every for rows in segments]
     with full_precision():
         for same in (False, True):
             at = [i for i, flag in enumerate(whole) if flag == same]

@@ -45,6 +45,7 @@ from stagewise.queries import (
     as_times,
     check_times,
     checked_source,
+    require_shape,
     require_tensors,
     segments_of,
     with_source_weight,
@@ -154,11 +155,7 @@ class Oracle:
                 "ConditionedOracle(bank, path, Condition(bandwidth=...))."
             )
         xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
-        if xt.shape[1:] != self.bank.shape:
-            raise ValueError(
-                f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
-                f"{tuple(xt.shape)}."
-            )
+        require_shape(self.bank, "xt", xt)
         if xt.device.type == "mps":
             raise ValueError("The oracle needs float64, which MPS lacks. Use the CPU.")
         count, times = len(xt), as_times(t, xt)
@@ -221,7 +218,7 @@ class Oracle:
                 None or `null_class`: over all rows. Default None. A list or a CPU tensor costs no
                 device sync; a tensor on an accelerator costs one, unless the engine reads it there
                 (`Exact` on CUDA, without `null_class` and certificate), where the posterior of an
-                unknown class is NaN, and the next call raises.
+                unknown class, or at a time out of range, is NaN, and the next call raises.
             mask: Which numbers of each query count, (B, *), for a bank with masks: the posterior is
                 over the rows of the same mask. Default None.
             source: The row of `bank.rows` that each query was made from, (B,), int64, for

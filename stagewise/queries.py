@@ -26,6 +26,7 @@ __all__ = [
     "check_times",
     "checked_source",
     "indices_of",
+    "require_shape",
     "require_tensors",
     "segments_of",
     "with_source_weight",
@@ -223,6 +224,15 @@ def require_tensors(**given: object) -> None:
                 f"Expected `{name}` to be a tensor, got {type(value).__name__}. Give "
                 f"torch.as_tensor({name})."
             )
+
+
+def require_shape(bank: RowStore, name: str, x: Tensor) -> None:
+    """Refuses samples of another shape than the bank's."""
+    if x.shape[1:] != bank.shape:
+        raise ValueError(
+            f"Expected `{name}` with shape {('B', *bank.shape)} as the bank's samples, got "
+            f"{tuple(x.shape)}."
+        )
 
 
 def as_times(t: Times, x: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ class Reservoir(LatentBank):
         if labels is not None and made.index is not None:
             at, labels = made.index.argsort()[at], labels[made.index]
         own = {"size": self.size, "seen": self.seen + count, "_labels": labels, "_from_oldest": at}
+        own["_unknown"] = self._unknown
         # There is no other order of the rows than its own.
         self.__dict__ = vars(made) | {"index": None} | own
 

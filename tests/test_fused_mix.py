@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 
-from stagewise import Concentration, LatentBank, LinearPath, Mix, Oracle, ReferenceSet
+from stagewise import Concentration, LatentBank, LinearPath, Mix, Oracle, ReferenceSet, VPPath
 from stagewise.bank.row_classes import KNOWN, NO_LABEL, NO_SOURCE, NO_TIME
 from stagewise.engines import Exact, fused, fused_lookup, fused_mix, kernels
 from stagewise.engines.fused_lookup import ends_of, placed
@@ -60,15 +60,16 @@ def batch(dim, dtype, turn=0):
     bank = LatentBank(x, labels, dtype=getattr(torch, dtype))
     at = bank.index.argsort()
     noise = 0.05 * torch.randn(32, dim, generator=generator)
-    # Rows; -0 and 0; one of two; one of none; resampled from one; from one of another class.
-    kinds = [3, 5, 10, 26, 2, 15, 20, 4]
+    # Rows; -0 and 0; one of two; one of none; resampled from one; from one of another class; a row
+    # that is said to be from another class.
+    kinds = [3, 5, 10, 26, 2, 15, 20, 4, 8]
     x1, y = x[kinds].clone(), labels[kinds].clone()
     x1[1, 0] = 0.0
     x1[4:7] += noise[4:7]
-    source = torch.full((8,), -1)
-    source[5], source[6] = at[15], at[0]
+    source = torch.full((9,), -1)
+    source[5], source[6], source[8] = at[15], at[0], at[30]
     y[7] = 9  # a row, but of another class
-    t = torch.tensor([TIMES[(k + turn) % len(TIMES)] for k in range(8)])
+    t = torch.tensor([TIMES[(k + turn) % len(TIMES)] for k in range(9)])
     x0 = torch.randn(x1.shape, generator=generator)
     return bank, LinearPath().interpolate(x0, x1, t), t, x1, y, source
 
@@ -92,7 +93,8 @@ def errors(dim, dtype):
             labels = known.where(row >= 0, labels)
         asked = labels if named is not None else None
         expected = correction.correct(what, oracle, labels=asked, draws=Random(0), **given)
-        options = {"draws": Random(0), "named": bool(named), "dtype": torch.float64}
+        options = {"draws": Random(0), "named": bool(named), "only": None}
+        options["dtype"] = torch.float64
         found = correction.by_kernel(what, by_kernels, labels=asked, **given, **options)
         path = oracle.path(t.double()).floored(oracle.engine.sigma_floor(bank))
         x1 = x1.double()
@@ -110,7 +112,7 @@ def errors(dim, dtype):
     found = placed(bank, x1, t, labels, None, True)
     segments = ends(bank, labels)
     assert torch.equal(ends_of(bank, t, labels)[0], segments)
-    assert torch.equal(ends_of(bank, t, None)[0], torch.tensor([[0, len(bank)]]).expand(8, 2))
+    assert torch.equal(ends_of(bank, t, None)[0], torch.tensor([[0, len(bank)]]).expand(9, 2))
     expected = bank.find(x1, first=segments[:, 0])
     inside = (expected >= segments[:, 0]) & (expected < segments[:, 1])
     assert torch.equal(found.row >= 0, inside)  # of equal rows of the class it may be any
@@ -133,7 +135,34 @@ def errors(dim, dtype):
     assert torch.equal(found.near, stored)
     if (dim, dtype) == SHAPES[0]:  # for the others it is the same, and takes seconds
         refusals(bank, x1, t, labels)
+        corners(bank, xt, x1, labels)
     return worst
+
+
+def corners(bank, xt, x1, labels):
+    """Samples that must be rows, infinite factors, and numbers that lie in another order."""
+    t, found = torch.full((9,), 0.5), bank.find(x1, first=ends(bank, labels)[:, 0])
+    row = (found >= ends(bank, labels)[:, 0]) & (found < ends(bank, labels)[:, 1])
+    assert 0 < row.sum() < 9
+    given = {"x1": x1, "prediction": Prediction("velocity"), "labels": labels, "source": None}
+    given |= {"class_wise": True, "named": True, "boundary": None, "dtype": torch.float64}
+    given |= {"on_missing": "error", "draws": Random(0)}
+    oracle = Oracle(bank, engine=Read())
+    correction.by_kernel(Mix(), oracle, xt=xt, t=t, only=row, **given)
+    with pytest.raises(ValueError, match="to be a row of the bank"):
+        correction.by_kernel(Mix(), oracle, xt=xt, t=t, only=None, **given)
+    beyond = t.where(row, 1.5)  # refused for its time, in the next call
+    correction.by_kernel(Mix(), oracle, xt=xt, t=beyond, only=None, **given)
+    with pytest.raises(ValueError, match="`t` in"):
+        bank.report(torch.full((1,), KNOWN))
+    bank._unknown.clear()
+    given["on_missing"] = "insert"
+    clean = Oracle(bank, VPPath(), Read())  # whose velocity is infinite at t = 1
+    value = correction.by_kernel(Mix(), clean, xt=x1, t=t + 0.5, only=None, **given).value
+    assert (value[row] == 0).all()
+    turned = torch.randn(5, 3, dtype=torch.float64).T
+    scaled = fused_mix._scaled(turned, torch.arange(1.0, 4.0).double(), 0.0, torch.float64)
+    torch.testing.assert_close(scaled, turned * torch.arange(1.0, 4.0)[:, None], rtol=0, atol=0)
 
 
 def refusals(bank, x1, t, labels):
@@ -185,6 +214,17 @@ def test_as_the_exact_engine(interpreted, dim, dtype):
         assert value < 1e-6, case
         assert lam < 1e-6, case
         assert inserted == 0, case
+
+
+def test_samples_of_another_shape_reach_no_kernel():
+    """Which would read and write beyond its tensors."""
+    x = torch.randn(6, 3)
+    given = {"prediction": Prediction("velocity"), "labels": None, "source": None, "only": None}
+    given |= {"class_wise": False, "named": False, "boundary": None, "dtype": torch.float64}
+    given |= {"on_missing": "insert", "draws": Random(0), "t": torch.rand(2)}
+    for xt, x1, name in ((x[:2, :2], x[:2], "xt"), (x[:2], x[:2, :2], "x1")):
+        with pytest.raises(ValueError, match=rf"`{name}` with shape \('B', 3\)"):
+            correction.by_kernel(Mix(), Oracle(LatentBank(x)), xt=xt, x1=x1, **given)
 
 
 def assembled(kernel, kinds, fixed, capability, folder):

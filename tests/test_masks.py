@@ -102,6 +102,7 @@ def test_labels_that_are_none_look_at_all_rows_of_the_mask() -> None:
     null = Oracle(bank, null_class=1).posterior(xt, t, y, mask=mask).mean
     wise = Oracle(bank).posterior(xt, t, y, mask=mask).mean
     assert torch.equal(mixed[0], none[0])
+    assert bank.largest_class == torch.unique(mask, dim=0, return_counts=True)[1].max()
     torch.testing.assert_close(mixed[1:], wise[1:], rtol=0, atol=1e-13)
     torch.testing.assert_close(null, torch.where((y == 1)[:, None, None], none, wise))
 

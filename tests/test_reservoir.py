@@ -26,6 +26,7 @@ from stagewise.callbacks import (
     VelocityErrorMonitor,
     Watch,
 )
+from stagewise.bank.row_classes import KNOWN, NO_TIME
 from stagewise.masks import MaskedLabels
 from stagewise.schemes.refusals import check_rows
 
@@ -108,6 +109,10 @@ def test_an_oracle_follows_it():
         assert (reservoir.find(x1) >= 0).all()
     assert reservoir.full
     assert reservoir.origin == "the last 12 samples seen"
+    reservoir.report(torch.tensor([KNOWN, NO_TIME]))
+    reservoir.add(x1)
+    with pytest.raises(ValueError, match="`t` in"):  # a report outlives the rows
+        reservoir.report(torch.tensor([KNOWN]))
 
 
 def test_bad_input():

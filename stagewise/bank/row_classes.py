@@ -129,8 +129,9 @@ class RowClasses:
 
     @cached_property
     def largest_class(self) -> int:
-        """Size of the largest class; 0 without labels."""
-        return max(self.class_sizes, default=0)
+        """Most rows of a class, or of a mask with any label; 0 without labels and masks."""
+        ends = [*self._segments.values(), *self._of_masks.values()]
+        return max((rows.stop - rows.start for rows in ends), default=0)
 
     @cached_property
     def smallest_class(self) -> int:
@@ -162,7 +163,7 @@ class RowClasses:
             self._unknown.append(sent)
 
     def _require_known(self) -> None:
-        """Refuses a label that was reported as unknown; does not wait for the device."""
+        """Refuses a label, time or source that was reported; does not wait for the device."""
         while self._unknown and self._unknown[0][1]():
             label = int(self._unknown.popleft()[0].max())
             if label != KNOWN:

@@ -79,7 +79,8 @@ def to_nearest(x, kind: tl.constexpr) -> Any:
     """Float32 numbers as a 16-bit type, to nearest, which the interpreter does not for bfloat16."""
     if kind == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 32767 + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        rounded = ((bits + 32767 + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # NaN stays NaN
     return x.to(kind)
 
 
@@ -252,8 +253,10 @@ def place(
         first, stop = tl.load(table + 3 * spot + 1), tl.load(table + 3 * spot + 2)
     stop = tl.where(error == none, stop, first)  # no rows
     tl.store(wrong + b, error)
-    tl.store(row_of + b, tl.where((row >= first) & (row < stop), row, -1))
-    tl.store(missing + b, (found < first) | (found >= stop))
+    absent = (found < first) | (found >= stop)
+    equal = tl.where(absent, -1, found)  # a source of another class is none
+    tl.store(row_of + b, tl.where((row >= first) & (row < stop), row, equal))
+    tl.store(missing + b, absent)
     tl.store(ends + 2 * b, first)
     tl.store(ends + 2 * b + 1, stop)
     for start in range(0, dim, block):
@@ -314,12 +317,12 @@ def placed(
         *(row, row.new_empty(count, 2), torch.empty_like(row, dtype=torch.bool)),
         *(torch.empty_like(row), torch.empty(count, dim, dtype=torch.float64, device=x1.device)),
     )
-    keys = [bank.key_index(x1.dtype if whole else None) for whole in (not exact, rounded)]
-    order = keys[0][1]
+    keys = bank.key_index(None if exact else x1.dtype)
+    rounded_keys, order = bank.key_index(x1.dtype) if rounded else keys, keys[1]
     some = [order if x is None else x for x in (labels, source)]  # not read where there is none
     table = bank.class_table(x1.device) if class_wise else order
     factor = key_weights(dim, x1.device)
-    given = (x1, t, *some, bank.rows, bank.offset, factor, *keys[0], *keys[1], table)
+    given = (x1, t, *some, bank.rows, bank.offset, factor, *keys, *rounded_keys, table)
     launch(
         *("place", [count], [x.contiguous() for x in given], list(found)),
         [
@@ -337,8 +340,11 @@ def ends_of(bank: LatentBank, t: Tensor, labels: Tensor | None) -> tuple[Tensor,
     """
     wrong = torch.empty(len(t), dtype=torch.int64, device=bank.device)
     ends = wrong.new_empty(len(t), 2)
-    table = ends if labels is None else bank.class_table(bank.device)
-    given = [t.to(bank.device), ends if labels is None else labels, table]
-    numbers = [len(bank), len(table), len(table).bit_length(), labels is not None]
+    t = t.to(bank.device)
+    given, classes = [t, t, t], 0  # not read without labels
+    if labels is not None:
+        table = bank.class_table(bank.device)
+        given, classes = [t, labels, table], len(table)
+    numbers = [len(bank), classes, classes.bit_length(), labels is not None]
     launch("classify", [len(t)], [x.contiguous() for x in given], [ends, wrong], numbers)
     return ends, wrong

@@ -33,7 +33,7 @@ class Mixed(NamedTuple):
         top1: Largest weight of the set with x_1 in it, (B,), float64; 0 if lambda was given.
         row: The row that x_1 stands for, (B,), int64; -1 for none of its class.
         inserted: Whether x_1 equals no row of its class, and lambda is not 0, (B,).
-        tail_mass: 0, (B,), float64.
+        tail_mass: Share of the posterior that was left out, (B,), float64.
         wrong: As in `Placed`, (B,).
     """
 
@@ -107,9 +107,9 @@ def settle(
         twin = tl.where(row >= 0, twin, x)
         m = tl.load(mean + b * dim + at, mask=inside, other=0.0)
         difference = ((m - r) + (r - x) - gamma * (twin - x)) / total
-        difference = tl.where(tl.abs(difference) <= rounding, 0.0, difference)
-        out = (times * difference).to(value.dtype.element_ty)
-        tl.store(value + b * dim + at, out, mask=inside)
+        # At t = 1 some paths have an infinite c_t.
+        out = tl.where(tl.abs(difference) <= rounding, 0.0, times * difference)
+        tl.store(value + b * dim + at, out.to(value.dtype.element_ty), mask=inside)
     largest = tl.full((), 0.0, tl.float64)
     if not weighed:  # of two weights, one may be that of the row
         for i in range(2):
@@ -158,9 +158,9 @@ def _rounding(bank: LatentBank) -> float:
 
 
 def _scaled(difference: Tensor, factor: Tensor, rounding: float, dtype: torch.dtype) -> Tensor:
-    count, dim = difference.shape
-    value = torch.empty_like(difference, dtype=dtype)
-    read, step = [x.contiguous() for x in (difference, factor)], part_of(dim)
+    (count, dim), difference = difference.shape, difference.contiguous()
+    value, step = torch.empty_like(difference, dtype=dtype), part_of(dim)
+    read = [difference, factor.contiguous()]
     launch("scale", [count, -(-dim // step)], read, [value], [dim, step], values=[rounding])
     return value
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from stagewise.bank.building import whole_labels
+from stagewise.bank.row_classes import KNOWN
 from stagewise.device_checks import require_all
 from stagewise.engines import fused, fused_mix
 from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, expand_like
 from stagewise.posterior import upload
-from stagewise.queries import Labels, checked_source, indices_of
+from stagewise.queries import Labels, checked_source, indices_of, require_shape
 from stagewise.schemes.refusals import check_rows
 from stagewise.targets import Mix, ReferenceSet, Target
 
@@ -78,6 +79,7 @@ def correct(
     kernel may return the value.
     """
     of_masks = isinstance(labels, MaskedLabels)
+    # To compute all samples then costs less than a sync to select those with a lambda above 0.
     cheap = (class_wise or of_masks) and stays_on_device(oracle, labels, x1, class_wise)
     cheap = cheap and not (of_masks and target.reads_rows)
     if runs_kernel(target, oracle, labels, x1, class_wise):
@@ -99,6 +101,7 @@ def correct(
             source=source,
             on_missing=on_missing,
             boundary=boundary,
+            only=only,
             dtype=dtype,
         )
         if part is not None:
@@ -158,10 +161,7 @@ def correct(
 
 
 def stays_on_device(oracle: Oracle, labels: Labels | None, x1: Tensor, class_wise: bool) -> bool:
-    """Whether kernels read the rows of each sample, and labels stay on the device.
-
-    Then computing all samples costs less than a sync to select those with a lambda above 0.
-    """
+    """Whether kernels read the rows of each sample, and labels stay on the device."""
     if oracle.smoothing is not None:
         return False
     if isinstance(labels, MaskedLabels):
@@ -213,6 +213,7 @@ def by_kernel(
     source: Tensor | None,
     on_missing: str,
     boundary: float | None,
+    only: Tensor | None,
     dtype: torch.dtype,
 ) -> Correction | None:
     """`correct` by kernels, if `runs_kernel`; None if a kernel does not compile.
@@ -221,6 +222,8 @@ def by_kernel(
     With `named` the labels decide, otherwise only for an x_1 that is not a row.
     """
     assert isinstance(target, (Mix, ReferenceSet))
+    for name, x in (("xt", xt), ("x1", x1)):
+        require_shape(oracle.bank, name, x)
     labels = None if labels is None else whole_labels(labels, len(x1))
     if source is not None:
         source = checked_source(source, len(x1), None).to(x1.device, torch.int64)
@@ -240,7 +243,9 @@ def by_kernel(
         lam = target.lam(double, found.top1, oracle.path, boundary)
         value = expand_like(lam, value) * value
     if on_missing == "error":
-        _require_found(found.row.where(lam > 0, 0) if target.lam.sparse else found.row)
+        asked = found.wrong == KNOWN  # others are refused with their reason, in the next call
+        asked = asked & (lam > 0) if target.lam.sparse else asked
+        _require_found(found.row.where(asked if only is None else asked & only, 0))
     return Correction(value, lam, found.inserted, found.tail_mass)
 
 

@@ -16,6 +16,7 @@ from stagewise import (
     Smoothing,
     StageTarget,
 )
+from stagewise.bank.row_classes import KNOWN, NO_TIME
 from stagewise.callbacks import (
     Forecast,
     MemorizationGuard,
@@ -26,7 +27,6 @@ from stagewise.callbacks import (
     VelocityErrorMonitor,
     Watch,
 )
-from stagewise.bank.row_classes import KNOWN, NO_TIME
 from stagewise.masks import MaskedLabels
 from stagewise.schemes.refusals import check_rows
 

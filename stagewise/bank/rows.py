@@ -280,8 +280,8 @@ class RowStore(RowClasses):
 
         Args:
             segment: Which rows: `whole`, `segment(label)`, or any other slice.
-            size: Rows in a chunk; default all if they are views, otherwise 32 MiB of rows (8 MiB on a
-                CPU), at least 256.
+            size: Rows in a chunk; default all if they are views, otherwise 32 MiB of rows (8 MiB on
+                a CPU), at least 256.
             device: Default that of the bank.
             dtype: Default that of the bank.
 

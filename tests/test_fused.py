@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import cycle, product
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,6 @@ from stagewise import LatentBank, Oracle, products
 from stagewise.engines import Exact, all_rows, fused, kernels
 
 triton = pytest.importorskip("triton")
-try:
-    from triton.backends.compiler import AttrsDescriptor  # up to 3.2
-except ImportError:
-    AttrsDescriptor = None
 
 DIMS, DTYPES = (3, 64, 768, 1024), ("float32", "bfloat16", "float16")
 TIMES = (0, 0.01, 0.1, 0.5, 0.999, 1)
@@ -106,38 +101,6 @@ def test_pull_against_float64(interpreted, way):
         assert missed == 0, (case, t)
 
 
-def compiled(kernel, kinds, fixed, capability, warps, folder):
-    """PTX of a kernel, and what the assembler reports of it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    assembler = binaries / ("ptxas-blackwell" if capability >= 100 else "ptxas")
-    if not assembler.exists():
-        pytest.skip(f"Triton {triton.__version__} compiles nothing for sm_{capability}")
-    names = kernel.arg_names
-    pointers = [at for at, name in enumerate(names) if kinds.get(name, "").startswith("*")]
-    attributes = {(at,): [["tt.divisibility", 16]] for at in pointers}
-    if AttrsDescriptor is not None:
-        attributes = AttrsDescriptor.from_hints(dict.fromkeys(pointers, 16))
-    made = triton.compile(
-        ASTSource(kernel, kinds | dict.fromkeys(fixed, "constexpr"), fixed, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps},
-    )
-    ptx = made.asm["ptx"]
-    (folder / "kernel.ptx").write_text(ptx)
-    architecture = re.search(r"\.target (\w+)", ptx)[1]
-    report = subprocess.run(
-        [assembler, "-v", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.bin"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    return ptx, report
-
-
 @pytest.mark.parametrize(
     ("dim", "dtype", "reads", "capability"),
     [
@@ -148,7 +111,7 @@ def compiled(kernel, kinds, fixed, capability, warps, folder):
         *((8192, "fp16", "ends", 100), (4096, "fp32", "ends", 90), (768, "bf16", "ends", 80)),
     ],
 )
-def test_compiles_without_spills(tmp_path, dim, dtype, reads, capability):
+def test_compiles_without_spills(assembled, dim, dtype, reads, capability):
     """By the report of the assembler, and with loads of 16 bytes."""
     size = 4 if dtype == "fp32" else 2
     block, at_once, warps = kernels.shape_of(dim, size)
@@ -158,10 +121,10 @@ def test_compiles_without_spills(tmp_path, dim, dtype, reads, capability):
     kinds |= dict.fromkeys(("width", "held", "split"), "i32")
     fixed = {"dim": dim, "block": block, "at_once": at_once, "listed": reads == "table"}
     fixed |= {"tabled": reads == "table", "chosen": reads == "chosen"}
-    ptx, report = compiled(kernels.pull, kinds, fixed, capability, warps, tmp_path)
+    ptx, spilled = assembled(kernels.pull, kinds, fixed, capability, warps)
     wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx)) * 16 * 32 * warps
     assert wide >= 2 * at_once * block * size  # rows, before the loop and in it
-    assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], report
+    assert spilled == ["0", "0"]
 
 
 def test_what_a_kernel_reads_counts_as_untouched():
@@ -207,12 +170,11 @@ AROUND = {  # what is no pointer to float64, and what is fixed
 
 
 @pytest.mark.parametrize(("name", "capability"), zip(AROUND, cycle([80, 90, 100]), strict=False))
-def test_the_others_compile(tmp_path, name, capability):
+def test_the_others_compile(assembled, name, capability):
     kernel = kernels._KERNELS[name]
     kinds, fixed = AROUND[name]
     kinds = {each: "*fp64" for each in kernel.arg_names if each not in fixed} | kinds
-    _, report = compiled(kernel, kinds, fixed, capability, 8, tmp_path)
-    assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], report
+    assert assembled(kernel, kinds, fixed, capability, 8)[1] == ["0", "0"]
 
 
 @pytest.fixture

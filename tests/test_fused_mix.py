@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -227,31 +226,6 @@ def test_samples_of_another_shape_reach_no_kernel():
             correction.by_kernel(Mix(), Oracle(LatentBank(x)), xt=xt, x1=x1, **given)
 
 
-def assembled(kernel, kinds, fixed, capability, folder):
-    """Code of a kernel, and bytes that are spilled, by the report of the assembler."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kinds = {name: kind for name, kind in kinds.items() if name not in fixed}
-    at = {name: (kernel.arg_names.index(name),) for name in (*kinds, *fixed)}
-    aligned = {at[name]: [["tt.divisibility", 16]] for name in kinds if kinds[name][0] == "*"}
-    source = ASTSource(
-        kernel,
-        kinds | dict.fromkeys(fixed, "constexpr"),
-        {at[name]: value for name, value in fixed.items()},
-        aligned,
-    )
-    target = GPUTarget("cuda", capability, 32)
-    ptx = triton.compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
-    (folder / "kernel.ptx").write_text(ptx)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    assembler = tools / ("ptxas-blackwell" if capability >= 100 else "ptxas")
-    architecture = re.search(r"\.target (\w+)", ptx)[1]
-    command = [assembler, "-v", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.bin"]
-    report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return ptx, re.findall(r"(\d+) bytes spill", report.stderr)
-
-
 @pytest.mark.parametrize(
     ("dim", "dtype", "given", "looks", "capability"),
     [
@@ -260,7 +234,7 @@ def assembled(kernel, kinds, fixed, capability, folder):
         *((4096, "bf16", "bf16", (True, True), capability) for capability in (80, 100)),
     ],
 )
-def test_compiles_without_spills(tmp_path, dim, dtype, given, looks, capability):
+def test_compiles_without_spills(assembled, dim, dtype, given, looks, capability):
     """With rows and samples, or parts of them, loaded 16 bytes at a time."""
     kinds = dict.fromkeys(fused_lookup.place.arg_names, "*i64")
     kinds |= {"x1": f"*{given}", "t": "*fp32", "rows": f"*{dtype}", "missing": "*i1"}
@@ -268,7 +242,7 @@ def test_compiles_without_spills(tmp_path, dim, dtype, given, looks, capability)
     kinds |= dict.fromkeys(("count", "classes", "steps"), "i32")
     fixed = {"dim": dim, "block": kernels.part_of(dim), "exact": looks[0], "rounded": looks[1]}
     fixed |= dict.fromkeys(("told", "labelled", "named", "classed"), True)
-    ptx, spilled = assembled(fused_lookup.place, kinds, fixed, capability, tmp_path)
+    ptx, spilled = assembled(fused_lookup.place, kinds, fixed, capability)
     assert spilled == ["0", "0"]
     wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx)) * 16 * 32 * 4
     sizes = {"fp32": 4, "bf16": 2}  # the key; both ends of equal keys, compared; r
@@ -280,11 +254,11 @@ def test_compiles_without_spills(tmp_path, dim, dtype, given, looks, capability)
     kinds |= dict.fromkeys(("missing", "inserted"), "*i1")
     for weighed in (True, False):
         fixed = {"dim": dim, "block": kernels.part_of(dim), "weighed": weighed}
-        assert assembled(fused_mix.settle, kinds, fixed, capability, tmp_path)[1] == ["0", "0"]
+        assert assembled(fused_mix.settle, kinds, fixed, capability)[1] == ["0", "0"]
     kinds = dict.fromkeys(fused_lookup.classify.arg_names, "*i64") | {"t": "*fp32"}
     kinds |= dict.fromkeys(("count", "classes", "steps"), "i32")
     fixed = {"labelled": True}
-    assert assembled(fused_lookup.classify, kinds, fixed, capability, tmp_path)[1] == ["0", "0"]
+    assert assembled(fused_lookup.classify, kinds, fixed, capability)[1] == ["0", "0"]
 
 
 if __name__ == "__main__":

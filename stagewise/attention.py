@@ -189,7 +189,7 @@ class GaussianAttention(nn.Module):
         # A constant: weights and mean do not depend on the point that they are computed around.
         centre = rows.detach().sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp_min(1)
         rows = (rows - centre) * used
-        path = path._replace(sigma=torch.maximum(path.sigma, _sigma_floor(rows, centre)))
+        path = path.floored(_sigma_floor(rows, centre))
         query, keys = self._map(x - path.alpha * centre), self._map(rows)
         width = self.bandwidth * path.sigma
         width = torch.maximum(width, _sigma_floor(keys, self._map(centre)))

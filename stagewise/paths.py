@@ -58,9 +58,11 @@ class PathCoefficients(NamedTuple):
     d_alpha: Tensor
     d_sigma: Tensor
 
-    def floored(self, sigma_min: float) -> PathCoefficients:
+    def floored(self, sigma_min: float | Tensor) -> PathCoefficients:
         """The same path with `s_t` kept at or above `sigma_min`, where formulas divide by it."""
-        return self._replace(sigma=self.sigma.clamp_min(sigma_min))
+        return PathCoefficients(
+            self.alpha, self.sigma.clamp_min(sigma_min), self.d_alpha, self.d_sigma
+        )
 
     def select(self, index: Tensor) -> PathCoefficients:
         """The path at some of the times."""

@@ -117,9 +117,8 @@ class Reservoir(LatentBank):
         if labels is not None and made.index is not None:
             at, labels = made.index.argsort()[at], labels[made.index]
         own = {"size": self.size, "seen": self.seen + count, "_labels": labels, "_from_oldest": at}
-        own["_unknown"] = self._unknown
-        # There is no other order of the rows than its own.
-        self.__dict__ = vars(made) | {"index": None} | own
+        # There is no other order of the rows than its own, and what was reported is still wrong.
+        self.__dict__ = vars(made) | {"index": None, "_unknown": self._unknown} | own
 
     @override
     def __repr__(self) -> str:

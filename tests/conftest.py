@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise.batches import find_sample
 from stagewise.callbacks import figures, velocity_figures, writer
+from stagewise.engines import fused
 from stagewise.losses import FlowMatchingLoss
 
 DIM = 6
@@ -41,6 +43,7 @@ from pathlib import Path
 
 import numpy
 import torch.distributed
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import stagewise.callbacks
 
@@ -55,6 +58,7 @@ for rank in "01":
         break
 else:
     sys.exit(any(os.wait()[1] for _ in "01"))
+rank_zero_only.rank = int(rank)
 numpy.random.seed()
 for number in count():
     job = folder / str(number)
@@ -114,16 +118,31 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@contextmanager
+def without_a_driver():
+    """Skips what uses fake CUDA tensors where torch 2.6 asks for a driver for them."""
+    try:
+        yield
+    except Exception as error:
+        told = " ".join([str(error), *fused._said])  # or why kernels were given up
+        wanted = ("Found no NVIDIA driver", "CUDA driver version is insufficient")
+        if not torch.__version__.startswith("2.6.") or not any(w in told for w in wanted):
+            raise
+        pytest.skip("torch 2.6 makes no fake CUDA tensors without a driver")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Skips tests on fake CUDA tensors where torch 2.6 asks for a driver for them."""
-    try:
+    """A test."""
+    with without_a_driver():
         return (yield)
-    except RuntimeError as error:
-        wanted = ("Found no NVIDIA driver", "CUDA driver version is insufficient")
-        if not torch.__version__.startswith("2.6.") or not any(w in str(error) for w in wanted):
-            raise
-    pytest.skip("torch 2.6 makes no fake CUDA tensors without a driver")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """A fixture."""
+    with without_a_driver():
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -2,12 +2,13 @@
 """Looks up the class of each query on CUDA, and samples as `RowStore.find` does, in one launch.
 
 A program looks up one sample: its row, by the key of its bits (`bank.row_keys`), and the rows of
-its class. Each is a binary search; torch would launch a kernel for each step.
+its class. Each is a binary search; torch would launch a kernel for each step. Functions that return
+numbers are annotated as `object`, because on Python 3.10 Triton compiles none that names `Any`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ __all__ = ["Placed", "ends_of", "placed"]
 
 
 @kernel
-def search(sorted_, count, wanted, steps, stride: tl.constexpr) -> Any:
+def search(sorted_, count, wanted, steps, stride: tl.constexpr) -> object:
     """How many numbers of a sorted list are below `wanted`, and how many not above it."""
     lane = tl.arange(0, 2)
     low, high = tl.zeros((2,), tl.int64), tl.full((2,), 0, tl.int64) + count
@@ -34,14 +35,14 @@ def search(sorted_, count, wanted, steps, stride: tl.constexpr) -> Any:
 
 
 @kernel
-def class_of(table, classes, label, steps) -> Any:
+def class_of(table, classes, label, steps) -> object:
     """The place of a class in the table, and whether it is there."""
     below, to = search(table, classes, label, steps, 3)
     return tl.minimum(below, classes - 1), to > below
 
 
 @kernel
-def beyond(t) -> Any:
+def beyond(t) -> object:
     """Whether a time is out of range or NaN."""
     return ((t >= 0) & (t <= 1)) == 0
 
@@ -75,7 +76,7 @@ def classify(
 
 
 @kernel
-def to_nearest(x, kind: tl.constexpr) -> Any:
+def to_nearest(x, kind: tl.constexpr) -> object:
     """Float32 numbers as a 16-bit type, to nearest, which the interpreter does not for bfloat16."""
     if kind == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -85,7 +86,7 @@ def to_nearest(x, kind: tl.constexpr) -> Any:
 
 
 @kernel
-def as_compared(x1, offset, place, at, inside, kind: tl.constexpr, whole: tl.constexpr) -> Any:
+def as_compared(x1, offset, place, at, inside, kind: tl.constexpr, whole: tl.constexpr) -> object:
     """Numbers of a sample as they are, or as they would be stored."""
     x = tl.load(x1 + place, mask=inside, other=0.0)
     if not whole:
@@ -110,7 +111,7 @@ def look_up(
     block: tl.constexpr,
     named: tl.constexpr,
     whole: tl.constexpr,
-) -> Any:
+) -> object:
     """The row that equals a sample, -1 for none; `whole` compares rows in the sample's type.
 
     Of equal rows it is, if `named`, the first from `begin` on.

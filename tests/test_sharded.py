@@ -42,6 +42,7 @@ N, SHAPE, D, K = 401, (2, 3, 4), 24, 5
 TIMES = [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 0.99, 0.999]
 NEAREST = {"k": 12, "max_tail": 0.05}
 SHORT = timedelta(seconds=3)
+SHARDS_NETWORKS = not torch.__version__.startswith("2.6.")  # on a CPU
 FIELDS = [field.name for field in fields(Posterior)]
 
 # The first row of each rank and N; queries of each rank.
@@ -135,7 +136,7 @@ def main(out, world, rank):
     report["memory"] = memory(world, rank)
     if world == 4:
         report["subgroups"] = subgroups(rank)
-    else:
+    elif SHARDS_NETWORKS:
         net = network()
         for part in (*net.children(), net):
             fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
@@ -474,6 +475,7 @@ def test_the_memory_of_a_rank_is_that_of_its_part(reports, world):
             assert 0.9 * held < grown < held + 0.3 * whole
 
 
+@pytest.mark.skipif(not SHARDS_NETWORKS, reason="fully_shard of torch 2.6 needs an accelerator")
 def test_a_network_in_shards_trains_on_a_bank_in_shards_as_in_one_process(folders):
     net = network()
     oracle = Oracle(LatentBank(samples()[0].flatten(1)), engine=Exact("float64"))

@@ -439,6 +439,7 @@ train(config)
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_with_a_sharded_bank_train_as_one(latents, on_one_and_two_ranks):
     overrides = [
         *("experiment=imagenet256_sdvae_sit_s", "name=x", f"data.latents.path={latents}", *SMALL),

@@ -472,7 +472,7 @@ def test_the_memory_of_a_rank_is_that_of_its_part(reports, world):
         held, grown = report["memory"]
         assert held == whole / world
         if grown is not None:
-            assert 0.9 * held < grown < held + 0.3 * whole
+            assert 0.9 * held < grown < held + 0.4 * whole
 
 
 @pytest.mark.skipif(not SHARDS_NETWORKS, reason="fully_shard of torch 2.6 needs an accelerator")

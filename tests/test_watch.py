@@ -666,6 +666,7 @@ def ranks(on_one_and_two_ranks):
     return [json.loads(file.read_text()) for file in files]
 
 
+@pytest.mark.slow
 def test_ranks_find_the_same_and_the_first_one_writes(ranks):
     alone, zero, one = ranks
     assert alone["same"] and zero["same"] and one["same"]  # noqa: PT018

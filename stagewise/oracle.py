@@ -226,7 +226,7 @@ class Oracle:
                 `bank.find(x1)` looks it up.
             condition: What the model is given for each query, (B, *), for a `ConditionedOracle`.
                 Default: the condition of the `source`.
-            k: How many of the largest weights to return, default 1. If fewer rows have a weight above 0,
+            k: How many of the largest weights to return, default 1. If fewer have a weight above 0,
                 the rest has weight 0, and may have row -1.
 
         Returns:

@@ -16,8 +16,11 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
+from stagewise.callbacks.training_bank import Samples
 from stagewise.callbacks.writer import by_time, chart, tags_by_time
+from stagewise.copies import nearest_rows
 from stagewise.learning_events import GapWatch, OnsetLaw
+from stagewise.masks import MaskedLabels
 from stagewise.velocity_probe import Probe
 
 __all__ = ["MemorizationGuard"]
@@ -30,7 +33,8 @@ _EARLIEST, _LATEST = 0.05, 0.75
 in each class it is 0."""
 
 _COPIED = 0.01
-"""A model copies if the share of copies is above this, with 97.5 % confidence."""
+"""A model copies if its share of copies is above this, and above that of held-out samples, with
+97.5 % confidence."""
 
 _BETTER = 0.99
 """Weights are saved again if the held-out loss is below this share of that of the saved ones."""
@@ -49,15 +53,16 @@ class MemorizationGuard(MemorizationMonitor):
     same each time, and samples are drawn from it. Memorization shows first beyond the collapsed
     boundary, where the target of training is one row: held-out error rises from its lowest value
     while training error falls (`stagewise.learning_events`), after two passes through the rows.
-    Later, more than 1 % of the samples are copies. At whichever comes first, a warning says where
-    in t, since when, and how many samples are copies, as do a line of `stages.jsonl`, a text, and
-    the scalar `stagewise_guard/memorization_onset`. A phase that ends `AtEvent("memorization
-    onset")`, in a `StageScheme` of the same trainer, then goes on to the next phase, which may
-    smooth (`Scheme.two_stage`).
+    Later, more than 1 % of the samples are copies, and a larger share than of held-out samples (in
+    few dimensions new samples are that near to a row, too). At whichever comes first, a warning
+    says where in t, since when, and how many samples are copies, as do a line of `stages.jsonl`, a
+    text, and the scalar `stagewise_guard/memorization_onset`. A phase that ends
+    `AtEvent("memorization onset")`, in a `StageScheme` of the same trainer, then goes on to the
+    next phase, which may smooth (`Scheme.two_stage`).
 
     **`before_onset.ckpt`** in `dirpath` is a whole checkpoint of the probe with the lowest held-out
-    loss over all t, from before more than 1 % of samples were copies. It may be from after the
-    warning: while the gap opens at late t, other t are still being learned.
+    loss over all t, from before it was sure that more than 1 % are copies (5 of 128 samples). It
+    may be from after the warning: while the gap opens at late t, other t are still being learned.
 
     **Logged** at each probe (`stagewise_guard` is `name`): what `MemorizationMonitor` logs, for
     the model alone; `stagewise_guard/held_out_loss`, `.../kept_step`, `.../steps_left` (with
@@ -173,6 +178,17 @@ class MemorizationGuard(MemorizationMonitor):
             few = max(2, min(self.queries, len(others[0])))
             self._probes["train"] = self.noisy(train, self.edges, self.queries, 0)
             self._probes["held_out"] = self.noisy(others, self.edges, few, 1)
+        self._chance = self._copies_by_chance(others)
+
+    def _copies_by_chance(self, others: Samples | None) -> float:
+        """The share of held-out samples that count as copies; 0 without any."""
+        found = torch.zeros(2, device=self.run.host.device)
+        if others is not None:
+            masks = others[1] if isinstance(others[1], MaskedLabels) else None
+            near = nearest_rows(self.oracle.bank, others[0], masks)
+            found += torch.stack([near.copied.sum(), near.ratio.isfinite().sum()]).to(found)
+        copied, total = self.run.host.reduce(found).tolist()
+        return copied / max(total, 1)
 
     def _header(self) -> dict[str, Any]:
         others = self._splits["held_out"]
@@ -301,7 +317,8 @@ class MemorizationGuard(MemorizationMonitor):
 
     def _judge(self, step: int, entry: dict[str, Any]) -> None:
         """Reports the onset, and decides whether to keep the weights."""
-        copying, gap, folder = entry["low"][0] > _COPIED, None, self.writer.folder
+        copying, gap = entry["low"][0] > max(_COPIED, self._chance), None
+        folder = self.writer.folder
         passed = step * self.per_step >= _PASSES * len(self.oracle.bank)
         if self._errors and passed:
             train, others = (self._errors[split][_EARLY:] for split in ("train", "held_out"))
@@ -321,6 +338,8 @@ class MemorizationGuard(MemorizationMonitor):
 
     def _tell_onset(self, step: int, entry: dict[str, Any], gap: dict[str, Any] | None) -> None:
         samples = f"{entry['copies'][0]:.1%} of {self.samples} samples are copies"
+        if self._chance:
+            samples += f" ({self._chance:.1%} of held-out samples would be, too)"
         evidence: dict[str, Any] = gap or {"message": f"surely more than {_COPIED:.0%} are copied"}
         evidence["copies"] = entry["copies"][0]
         message = f"{evidence.pop('message')}; {samples}"
@@ -330,7 +349,10 @@ class MemorizationGuard(MemorizationMonitor):
         self.onset = self.writer.announce(step, MEMORIZATION_ONSET, message, evidence)
         text = f"step {step}, {MEMORIZATION_ONSET}: {message}{self._where()}"
         if self.alarm:
-            cure = "To train against it: more data, StageScheme(Scheme.two_stage), or stop here."
+            cure = (
+                "To train against it: more data, smoothing where there is none "
+                "(StageScheme(Scheme.two_stage)), or stop here."
+            )
             self.warn(f"{text}. {cure}")
         else:
             self.say(text)

@@ -221,6 +221,30 @@ def test_without_held_out_samples_copies_tell_and_rows_are_named(fit, tmp_path, 
     assert torch.load(guard.best["file"], weights_only=True)["global_step"] == 50
 
 
+def test_samples_that_are_near_rows_by_chance_raise_no_alarm(
+    make_trainer, make_loader, tiny_flow, recwarn
+):
+    """In one dimension a third of all new samples count as copies."""
+    x = torch.linspace(-1.5, 1.5, 8)[:, None]
+    others = torch.randn(300, 1, generator=torch.Generator().manual_seed(1))
+    options = {"samples": 64, "queries": 16, "figures": 0}
+    velocity = copying(torch.randn(3000, 1, generator=torch.Generator().manual_seed(2)))
+
+    class Line(tiny_flow):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+    guard = MemorizationGuard(**options, velocity=velocity, held_out=others)
+    make_trainer(guard, max_steps=1).fit(Line(), make_loader(x))
+    assert guard.history[0]["low"][0] > 0.1
+    assert guard.onset is None
+    assert guard.best is not None
+    guard = MemorizationGuard(**options, velocity=copying(x), held_out=others)
+    with pytest.warns(UserWarning, match=r"\(49.3% of held-out samples would be, too\)"):
+        make_trainer(guard, max_steps=1).fit(Line(), make_loader(x))
+
+
 def test_rows_are_named_in_the_order_of_the_data_set(make_trainer, make_loader, tiny_flow):
     x, labels = gaussian(12), torch.arange(12) % 3  # the bank sorts them by class
     guard = MemorizationGuard(**FEW, velocity=copying(x[[5, 7]]), held_out=(x + 3, labels))

@@ -182,9 +182,9 @@ class SchemeState(Shared):
             ends = (boundary.midpoint, boundary.collapsed)
             if self._needs_collapsed and math.isnan(boundary.collapsed):
                 warnings.warn(
-                    f"{self.smoothing!r} never acts: the posterior collapses on one row at no t. "
-                    "Duplicates in the bank share it; leave them out, "
-                    "LatentBank(x.unique(dim=0)), or say where smoothing begins: "
+                    f"{self.smoothing!r} never acts: the posterior collapses on one row at no t up "
+                    "to 0.999, because rows are equal or nearly so. Leave duplicates out, without "
+                    "labels LatentBank(x.unique(dim=0)), or say where smoothing begins: "
                     "strength=lambda t: (t >= 0.7).float().",
                     stacklevel=caller_level(),
                 )

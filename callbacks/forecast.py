@@ -126,7 +126,9 @@ class Forecast(ModelMonitor):
         super().end()
         if self.history:
             whole = TargetForecast.mean([_targets(entry) for entry in self.history])
-            self._tell(f"over {len(self.history)} probes", f"{whole}", self.history[-1])
+            last = self.history[-1]["smoothing"]
+            said = "" if last is None else f"; at the last of them {last}"
+            self.say(f"over {len(self.history)} probes: {whole}{said}")
 
     # -- one probe --------------------------------------------------------------------------------
 
@@ -153,7 +155,8 @@ class Forecast(ModelMonitor):
         gap = smoothing.gap if smoothing is not None and smoothing.worth_trying else None
         entry |= {"targets": f"{_targets(entry)}", "smoothing_gap": gap}
         entry["smoothing"] = None if smoothing is None else f"{smoothing}"
-        self._tell(f"step {step}", entry["targets"], entry)
+        smoothing = "" if entry["smoothing"] is None else f"; {entry['smoothing']}"
+        self.say(f"step {step}: {entry['targets']}{smoothing}")
         return entry
 
     @override
@@ -162,10 +165,6 @@ class Forecast(ModelMonitor):
         values = {"share": found.share, "batch_factor": found.factor, "steps": found.steps}
         values |= {key: entry[key] for key in ("noise_scale", "smoothing_gap") if entry[key]}
         return {f"{self.name}/{key}": value for key, value in values.items()}
-
-    def _tell(self, when: str, targets: str, entry: dict[str, Any]) -> None:
-        smoothing = "" if entry["smoothing"] is None else f"; {entry['smoothing']}"
-        self.say(f"{when}: {targets}{smoothing}")
 
     def _smoothing(self) -> SmoothingForecast | None:
         errors = self._errors

@@ -135,7 +135,8 @@ def read_bank(
             "latents resampled from mean and std). The bank holds one draw of each sample: the "
             "navigation stage is measured well, but x_1 of a training batch is not a bank row. In "
             "oracle targets it is added to the rows, beside the stored draw of the same sample. "
-            "To use the last samples seen instead: StageRun(reservoir=4096)."
+            "To use the last samples seen instead: StageRun(reservoir=4096), but for a smoothing, "
+            "which needs the `source` of such samples."
         )
     return bank
 

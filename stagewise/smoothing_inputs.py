@@ -215,9 +215,10 @@ def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:
             f", got {int((~inside).sum())} of {len(inside)} that are "
             + (f"not, the first {int(source[~inside][0])}. " if given else "no rows. ")
             + "Flips and crops of rows are no rows: train without them, or build the bank from "
-            "the samples that the model is trained on. Or let the data set return the position i "
-            "of each item: draw(x1, source=i) if the bank keeps its order (bank.index is None), "
-            "otherwise draw(x1, source=bank.index.argsort()[i])."
+            "the samples that the model is trained on. Nor are latents that are drawn again each "
+            "time: let the data set return the position i of each item, and give it where x_1 is "
+            "smoothed (`draw`, `smooth`, or the call of FlowMatchingLoss), source=i if the bank "
+            "keeps its order (bank.index is None), otherwise source=bank.index.argsort()[i]."
         ),
     )
     return source

@@ -188,11 +188,12 @@ class StageTarget(nn.Module):
         return (time if t.is_floating_point() else time.round()).to(t).reshape(t.shape)
 
     @untraced
-    def smooth(self, x1: Tensor, *, t: Times) -> Tensor:
+    def smooth(self, x1: Tensor, *, t: Times, source: Tensor | None = None) -> Tensor:
         """The samples to train on, (B, *): `x1`, or as a scheme smooths it at times `t`.
 
-        Call it before you make `xt`: `x1 = self.target.smooth(x1, t=t)`.
+        Call it before you make `xt`: `x1 = self.target.smooth(x1, t=t)`. `source` are the rows of
+        the samples, as in `Smoothing.draw`.
         """
         if not self.training or self.scheme is None:
             return x1
-        return self.scheme.smooth(x1, t=self.convention.to_t(as_times(t, x1)))
+        return self.scheme.smooth(x1, t=self.convention.to_t(as_times(t, x1)), source=source)

@@ -48,7 +48,9 @@ def diffusers_target(
         times: Timesteps in the scheme's `convention`, (B,), as given to
             `noise_scheduler.add_noise`. If the scheme has no convention: the `sigmas` of flow
             matching, in [0, 1] with 1 noise, (B,) or expanded to (B, 1, ..).
-        scheme: What steers.
+        scheme: What steers. One with a smoothing draws `model_input` before `noisy` is made of it:
+            `scheme.smooth(model_input, t=times)`, or with `sigmas` and no convention
+            `scheme.smooth(model_input, t=1 - sigmas)`.
         labels: The class of each sample, (B,); default None: the scheme looks them up if it needs
             them. These scripts condition on text: a scheme that mixes over a bank without classes
             is refused unless it says class_wise=False, "my model ignores its conditions".

@@ -22,6 +22,7 @@ from stagewise import (
     Smoothing,
     StageBoundary,
     StageCurve,
+    StageTarget,
 )
 from stagewise.adapters import diffusers_target
 from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
@@ -163,6 +164,16 @@ def test_times_of_another_convention(smoothing):
     other = Scheme(smoothing=smoothing, boundary=BOUNDARY, convention=Convention(1, 0, -1))
     x1 = other.smooth(ROWS[:8], t=1 - T)
     assert torch.equal((x1 == ROWS[:8]).all(1), ~LATE)
+
+
+def test_a_step_by_hand_gives_the_rows_of_latents_that_are_drawn_again(smoothing):
+    target = StageTarget().train()
+    target.scheme = Scheme(smoothing=smoothing, boundary=BOUNDARY)
+    x1 = ROWS[:8] + 0.01
+    with pytest.raises(ValueError, match="Nor are latents that are drawn again each time"):
+        target.smooth(x1, t=T)
+    found = target.smooth(x1, t=T, source=torch.arange(8))
+    assert torch.equal((found == x1).all(1), ~LATE)
 
 
 def test_the_objective_smooths_what_it_trains_on_and_rests_in_eval_mode(oracle):

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
+from stagewise.bank.row_keys import row_keys
 from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
@@ -72,7 +73,8 @@ class Smoothing:
         class_wise: Whether neighbours are searched among rows of the same class only, default
             False: the search among all rows gave better results.
         features: (N, F) numbers in which neighbours are searched instead of the rows, in the order
-            of the samples that the bank was made from. Default None.
+            of the samples that the bank was made from. Default None. Duplicates are still those of
+            the rows.
         device: Device of the search, default the bank's.
         progress: Whether to show a progress bar, default True. It needs tqdm.
         file: File that keeps the neighbours, default none; see `cached`.
@@ -117,7 +119,7 @@ class Smoothing:
         check_settings(bank, neighbours, scale, floor)
         space = search_space(bank, features, class_wise)
         self.bank, self.class_wise = bank, class_wise
-        self._space = "rows" if features is None else space.fingerprint
+        self._space = "rows" if space is bank else f"features {space.fingerprint}"
         self.scale, self.floor = float(scale), float(floor)
         self._moved: dict[torch.device, Tensor] = {}
         self._checked = False
@@ -127,7 +129,8 @@ class Smoothing:
             wanted = {"index": (torch.int32, (len(bank), neighbours))}
             self.index: Tensor = read_computed(file, wanted, "smoothing")[0]
         else:
-            near = nearest_others(space, neighbours, class_wise, device, progress)
+            names = None if space is bank else row_keys(bank.rows)
+            near = nearest_others(space, neighbours, class_wise, device, progress, names)
             self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
             if file is not None:
                 self.save(file)

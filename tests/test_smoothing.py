@@ -490,6 +490,29 @@ def test_features_stand_in_the_order_of_the_data(class_wise):
     assert (found[~there] == 0).all()
 
 
+@pytest.mark.parametrize("class_wise", [False, True])
+@pytest.mark.parametrize("tags", [False, True])
+def test_features_give_the_distance_and_rows_the_duplicates(tags, class_wise):
+    x, y = samples(), labels()  # row 1 stands three times
+    features = torch.randn(60, 3, generator=draws(4))
+    features[2] = features[1] + 1e-3
+    if tags:
+        features = torch.nn.functional.one_hot(torch.arange(60) % 4, 4).float()
+    bank = LatentBank(x, y)
+    smoothing = Smoothing(bank, 20, features=features, class_wise=class_wise, progress=False)
+    x, y, own = x[bank.index], y[bank.index], features[bank.index].double()
+    gaps = torch.linalg.vector_norm(own[:, None] - own, dim=2)
+    wrong = (x[:, None] == x).all(2) | (class_wise & (y[:, None] != y))
+    expected = gaps.masked_fill(wrong, math.inf).topk(20, largest=False).values
+    near, row = smoothing.index.long(), torch.arange(60)[:, None]
+    there = near != row
+    assert torch.equal(there, expected.isfinite())
+    torch.testing.assert_close(gaps[row, near][there], expected[there])
+    assert not wrong[row, near][there].any()
+    ordered = near.sort(dim=1).values  # each neighbour once
+    assert ((ordered.diff(dim=1) > 0) | (ordered[:, 1:] == row)).all()
+
+
 def test_cached(bank, tmp_path, monkeypatch, recwarn):
     file = tmp_path / "smoothing.safetensors"
     made = Smoothing.cached(file, bank, 4, progress=False)

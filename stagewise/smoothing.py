@@ -247,9 +247,10 @@ class Smoothing:
 
         Raises:
             ValueError: If samples without a source are no rows, a source is no row, samples are far
-                from their rows (checked in the first call), shapes do not fit, a boundary or a
-                strength comes without times or both are given, or one is outside [0, 1]. On an
-                accelerator values are checked by assertions on the device, which raise later.
+                from their rows (checked in the first call with a source), shapes do not fit, a
+                boundary or a strength comes without times or both are given, or one is outside
+                [0, 1]. On an accelerator values are checked by assertions on the device, which
+                raise later.
             TypeError: If `x1` or `source` is no tensor.
         """
         source = self.source_of(x1, source)
@@ -264,11 +265,11 @@ class Smoothing:
                 f"got {tuple(x1.shape)}. If the model is trained on other samples than the bank's, "
                 "make a smoothing of those: Smoothing(LatentBank(x))."
             )
-        source = rows_of(self.bank, x1, source)
-        if not self._checked and len(x1):
-            check_near(self.bank, x1, source)
+        rows = rows_of(self.bank, x1, source)
+        if source is not None and not self._checked and len(x1):
+            check_near(self.bank, x1, rows)
             self._checked = True
-        return source
+        return rows
 
     def around(
         self, x1: Tensor, source: Tensor, share: Tensor | None, generator: torch.Generator | None

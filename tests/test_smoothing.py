@@ -607,6 +607,13 @@ def test_draws_that_are_refused(smoothing):
         smoothing.draw(x1, [0, 1, 2, 3])
 
 
+def test_a_source_is_checked_after_draws_that_looked_it_up(smoothing):
+    x1 = smoothing.bank.rows[:4]
+    smoothing.draw(x1)
+    with pytest.raises(ValueError, match="near the rows"):
+        smoothing.draw(x1, torch.arange(40, 44))
+
+
 def test_oracles_that_are_refused(smoothing):
     bank = smoothing.bank
     other = LatentBank(samples(seed=5))

@@ -15,7 +15,7 @@ of the smoothed set. No single probability path has both. A ramp in t has no jum
 
 **Duplicates of a row are not its neighbours**: they would be directions of length 0. If fewer than
 K other rows differ from a row, K is their number for that row. If none differs, the row is not
-smoothed.
+smoothed; a warning says so where that holds for all rows.
 
 **Latents with a mean and a standard deviation.** If the VAE draws a sample around its row, the
 sample comes from a Gaussian already: keep the floor at 0.
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,6 +136,14 @@ class Smoothing:
             if file is not None:
                 self.save(file)
         self._all_have_k = self._has_all()
+        if (self.index == torch.arange(len(bank))[:, None]).all():
+            why = "all rows are equal"
+            if class_wise and len(bank.classes) > 1:
+                why = "no class has rows that differ (class_wise=False searches among all rows)"
+            warnings.warn(
+                f"stagewise: no row has a neighbour, since {why}: only a floor moves samples.",
+                stacklevel=2,
+            )
 
     def _has_all(self) -> bool:
         """Whether each row has K neighbours."""

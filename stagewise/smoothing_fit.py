@@ -186,9 +186,11 @@ def cross_validated(
     scores = [rows]
     for k in progress_bar(neighbours, len(neighbours), progress, "cross-validation"):
         found = [SmoothingScore(k, g, 0.0) for g in scales]
-        smoothings = [
-            Smoothing(fold.rest, k, class_wise=class_wise, progress=False) for fold in folds
-        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a fold leaves no row a neighbour
+            smoothings = [
+                Smoothing(fold.rest, k, class_wise=class_wise, progress=False) for fold in folds
+            ]
         for fold, smoothing in zip(folds, smoothings, strict=True):
             base = fold.distance(fold.rest.take(fold.pairs))
             for i, score in enumerate(found):

@@ -373,10 +373,27 @@ def test_covariance_of_draws(bank, class_wise, row):
     assert ((gap.mean(0) / scale).abs() < 5 / math.sqrt(len(gap))).all()
 
 
-def test_a_class_of_one_row_has_no_neighbours_of_its_own(bank):
+def test_a_class_of_one_row_has_no_neighbours_of_its_own(bank, recwarn):
     smoothing = Smoothing(bank, 8, class_wise=True, progress=False)
     row = torch.tensor([bank.segment(2).start])
     assert torch.equal(smoothing.draw(bank.rows[row], row), bank.rows[row])
+    assert not recwarn.list  # other rows have neighbours
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "class_wise", "why"),
+    [
+        (torch.ones(20, 3), None, False, "all rows are equal"),
+        (torch.ones(20, 3), torch.zeros(20).long(), True, "all rows are equal"),
+        (samples(20), torch.arange(20), True, "no class has rows that differ .class_wise=False"),
+    ],
+)
+def test_a_warning_where_no_row_has_a_neighbour(tmp_path, x, y, class_wise, why):
+    bank = LatentBank(x, y)
+    for _ in range(2):  # also where they are read from a file
+        with pytest.warns(UserWarning, match=f"no row has a neighbour, since {why}") as caught:
+            Smoothing.cached(tmp_path / "n", bank, class_wise=class_wise, progress=False)
+        assert len(caught) == 1
 
 
 @pytest.mark.parametrize(

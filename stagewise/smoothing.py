@@ -117,11 +117,10 @@ class Smoothing:
         progress: bool = True,
         file: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_settings(bank, neighbours, scale, floor)
+        neighbours, self.scale, self.floor = check_settings(bank, neighbours, scale, floor)
         space = search_space(bank, features, class_wise)
         self.bank, self.class_wise = bank, class_wise
         self._space = "rows" if space is bank else f"features {space.fingerprint}"
-        self.scale, self.floor = float(scale), float(floor)
         self._moved: dict[torch.device, Tensor] = {}
         self._checked = False
         self.scores: list[SmoothingScore] = []
@@ -172,6 +171,7 @@ class Smoothing:
 
         Raises:
             ValueError: If the file is not one of neighbours; otherwise as in `Smoothing`.
+            FileNotFoundError: If its folder is missing; nothing has been searched then.
         """
         return cls(bank, *settings, **options, file=path)
 
@@ -365,9 +365,9 @@ class Smoothing:
         """The same neighbours with another scale or floor."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.scale = self.scale if scale is None else float(scale)
-        other.floor = self.floor if floor is None else float(floor)
-        check_settings(self.bank, self.neighbours, other.scale, other.floor)
+        scale = self.scale if scale is None else scale
+        floor = self.floor if floor is None else floor
+        _, other.scale, other.floor = check_settings(self.bank, self.neighbours, scale, floor)
         return other
 
     def check(self, oracle: Oracle) -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -561,6 +562,20 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
         Smoothing.cached(file, bank, 4)
 
 
+def test_a_folder_that_is_missing_is_told_before_the_search(bank, tmp_path, monkeypatch):
+    monkeypatch.setattr("stagewise.smoothing.nearest_others", None)
+    with pytest.raises(FileNotFoundError, match=r"folder for the smoothing.*os.makedirs\('.*no'\)"):
+        Smoothing.cached(tmp_path / "no" / "file", bank)
+
+
+def test_numbers_of_other_libraries(bank, tmp_path):
+    half, small = np.float32(0.5), torch.tensor(0.0625)
+    made = Smoothing.cached(tmp_path / "n", bank, np.int64(8), half, small, progress=False)
+    assert repr(made) == "Smoothing(8 neighbours, scale=0.5, floor=0.0625)"
+    assert repr(made.with_scale(small, half)) == "Smoothing(8 neighbours, scale=0.0625, floor=0.5)"
+    assert Smoothing(bank, torch.tensor(8), progress=False).neighbours == 8
+
+
 # --- Errors --------------------------------------------------------------------------------------
 
 
@@ -570,6 +585,8 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
         ({"neighbours": 60}, "`neighbours` from 1 to 59.*got 60: Smoothing.bank, neighbours=8"),
         ({"neighbours": 0}, "`neighbours` from 1 to 59.*got 0"),
         ({"scale": -1.0}, "`scale` of at least 0, got -1.0"),
+        ({"scale": "1"}, "`scale` of at least 0, got '1'"),
+        ({"scale": torch.ones(2)}, "`scale` of at least 0, got tensor"),
         ({"floor": math.nan}, "`floor` of at least 0, got nan"),
         ({"features": torch.zeros(59, 2)}, r"`features` with shape \(60, F\).*got \(59, 2\)"),
         ({"features": torch.zeros(60)}, r"`features` with shape \(60, F\).*got \(60,\)"),

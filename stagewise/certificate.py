@@ -171,6 +171,7 @@ class Certificate:
 
         Raises:
             ValueError: If the file there is not a certificate; and as `compute`.
+            FileNotFoundError: If its folder is missing; nothing has been computed then.
         """
         wanted = _header(len(bank), bank.dim, bank.fingerprint, class_wise)
         if is_computed(path, wanted, "certificate"):

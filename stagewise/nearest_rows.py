@@ -20,6 +20,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
 from stagewise.products import full_precision, rounding, scores, working_dtype
@@ -170,18 +171,25 @@ def nearest_others(
     class_wise: bool = False,
     device: torch.device | str | None = None,
     progress: bool = True,
+    names: Tensor | None = None,
 ) -> Tensor:
     """The `count` nearest other rows of each row, without its duplicates.
+
+    Duplicates are rows with the same of the `names`, integers, (N,); without names, rows at
+    distance 0.
 
     Returns:
         Nearest first, in the bank's own order, (N, K), int32, on the CPU; -1 where there are fewer.
     """
+    names = None if names is None else names.to(device or bank.device)
 
     def settle(number: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
-        place = (distance == 0).sum(1, keepdim=True) + torch.arange(count, device=rows.device)
-        there, place = place < rows.shape[1], place.clamp_max(rows.shape[1] - 1)
-        enough = (there & (distance.gather(1, place) <= limit)).all(1)
-        return enough, rows.gather(1, place).masked_fill(~there, -1).int()
+        same = distance == 0 if names is None else names[rows] == names[number, None]
+        distance, order = distance.masked_fill(same, torch.inf).sort(dim=1, stable=True)
+        near = rows.gather(1, order).masked_fill(distance.isinf(), -1)
+        beyond = (0, count - rows.shape[1])  # if negative, as many are cut off
+        distance, near = pad(distance, beyond, value=torch.inf), pad(near, beyond, value=-1)
+        return (distance <= limit).all(1), near.int()
 
     def of_block(search: Search, query: Tensor, number: Tensor) -> list[Tensor]:
         return search.ask(query, count, settle, number)

@@ -15,7 +15,7 @@ of the smoothed set. No single probability path has both. A ramp in t has no jum
 
 **Duplicates of a row are not its neighbours**: they would be directions of length 0. If fewer than
 K other rows differ from a row, K is their number for that row. If none differs, the row is not
-smoothed.
+smoothed; a warning says so where that holds for all rows.
 
 **Latents with a mean and a standard deviation.** If the VAE draws a sample around its row, the
 sample comes from a Gaussian already: keep the floor at 0.
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
+from stagewise.bank.row_keys import row_keys
 from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
@@ -72,7 +74,8 @@ class Smoothing:
         class_wise: Whether neighbours are searched among rows of the same class only, default
             False: the search among all rows gave better results.
         features: (N, F) numbers in which neighbours are searched instead of the rows, in the order
-            of the samples that the bank was made from. Default None.
+            of the samples that the bank was made from. Default None. Duplicates are still those of
+            the rows.
         device: Device of the search, default the bank's.
         progress: Whether to show a progress bar, default True. It needs tqdm.
         file: File that keeps the neighbours, default none; see `cached`.
@@ -114,11 +117,10 @@ class Smoothing:
         progress: bool = True,
         file: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_settings(bank, neighbours, scale, floor)
+        neighbours, self.scale, self.floor = check_settings(bank, neighbours, scale, floor)
         space = search_space(bank, features, class_wise)
         self.bank, self.class_wise = bank, class_wise
-        self._space = "rows" if features is None else space.fingerprint
-        self.scale, self.floor = float(scale), float(floor)
+        self._space = "rows" if space is bank else f"features {space.fingerprint}"
         self._moved: dict[torch.device, Tensor] = {}
         self._checked = False
         self.scores: list[SmoothingScore] = []
@@ -127,11 +129,20 @@ class Smoothing:
             wanted = {"index": (torch.int32, (len(bank), neighbours))}
             self.index: Tensor = read_computed(file, wanted, "smoothing")[0]
         else:
-            near = nearest_others(space, neighbours, class_wise, device, progress)
+            names = None if space is bank else row_keys(bank.rows)
+            near = nearest_others(space, neighbours, class_wise, device, progress, names)
             self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
             if file is not None:
                 self.save(file)
         self._all_have_k = self._has_all()
+        if (self.index == torch.arange(len(bank))[:, None]).all():
+            why = "all rows are equal"
+            if class_wise and len(bank.classes) > 1:
+                why = "no class has rows that differ (class_wise=False searches among all rows)"
+            warnings.warn(
+                f"stagewise: no row has a neighbour, since {why}: only a floor moves samples.",
+                stacklevel=2,
+            )
 
     def _has_all(self) -> bool:
         """Whether each row has K neighbours."""
@@ -160,6 +171,7 @@ class Smoothing:
 
         Raises:
             ValueError: If the file is not one of neighbours; otherwise as in `Smoothing`.
+            FileNotFoundError: If its folder is missing; nothing has been searched then.
         """
         return cls(bank, *settings, **options, file=path)
 
@@ -244,9 +256,10 @@ class Smoothing:
 
         Raises:
             ValueError: If samples without a source are no rows, a source is no row, samples are far
-                from their rows (checked in the first call), shapes do not fit, a boundary or a
-                strength comes without times or both are given, or one is outside [0, 1]. On an
-                accelerator values are checked by assertions on the device, which raise later.
+                from their rows (checked in the first call with a source), shapes do not fit, a
+                boundary or a strength comes without times or both are given, or one is outside
+                [0, 1]. On an accelerator values are checked by assertions on the device, which
+                raise later.
             TypeError: If `x1` or `source` is no tensor.
         """
         source = self.source_of(x1, source)
@@ -261,11 +274,11 @@ class Smoothing:
                 f"got {tuple(x1.shape)}. If the model is trained on other samples than the bank's, "
                 "make a smoothing of those: Smoothing(LatentBank(x))."
             )
-        source = rows_of(self.bank, x1, source)
-        if not self._checked and len(x1):
-            check_near(self.bank, x1, source)
+        rows = rows_of(self.bank, x1, source)
+        if source is not None and not self._checked and len(x1):
+            check_near(self.bank, x1, rows)
             self._checked = True
-        return source
+        return rows
 
     def around(
         self, x1: Tensor, source: Tensor, share: Tensor | None, generator: torch.Generator | None
@@ -352,9 +365,9 @@ class Smoothing:
         """The same neighbours with another scale or floor."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.scale = self.scale if scale is None else float(scale)
-        other.floor = self.floor if floor is None else float(floor)
-        check_settings(self.bank, self.neighbours, other.scale, other.floor)
+        scale = self.scale if scale is None else scale
+        floor = self.floor if floor is None else floor
+        _, other.scale, other.floor = check_settings(self.bank, self.neighbours, scale, floor)
         return other
 
     def check(self, oracle: Oracle) -> None:

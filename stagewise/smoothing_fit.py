@@ -124,6 +124,12 @@ def fitted(
     scores = cross_validated(
         bank, edge, (8, 16, 32, 64), scales, class_wise=class_wise, progress=progress
     )
+    if not scores:
+        _warn(
+            "Rows are left out in five parts, and in one of them there is none to ask about: too "
+            "few rows differ from others" + (" of their class." if bank.classes else ".")
+        )
+        return None
     asked = [score for score in scores if not math.isnan(score.loss)]
     best = min(asked, key=lambda score: score.loss, default=scores[0])
     if not best.neighbours:
@@ -167,10 +173,12 @@ def cross_validated(
         progress: Whether to show a bar.
 
     Returns:
-        One for the rows, and one for each K and g.
+        One for the rows, and one for each K and g; none at all if a fold has no row to ask about.
     """
     boundary = max(boundary, 1e-3)  # 0: one row explains every query from the start
     folds = list(_folds(bank, boundary, seed))
+    if len(folds) < FOLDS:
+        return []
     # Copies share a fold, which may be a large one.
     most = min(len(fold.rest) for fold in folds) - 1
     neighbours = [k for k in neighbours if k <= most]
@@ -178,9 +186,11 @@ def cross_validated(
     scores = [rows]
     for k in progress_bar(neighbours, len(neighbours), progress, "cross-validation"):
         found = [SmoothingScore(k, g, 0.0) for g in scales]
-        smoothings = [
-            Smoothing(fold.rest, k, class_wise=class_wise, progress=False) for fold in folds
-        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a fold leaves no row a neighbour
+            smoothings = [
+                Smoothing(fold.rest, k, class_wise=class_wise, progress=False) for fold in folds
+            ]
         for fold, smoothing in zip(folds, smoothings, strict=True):
             base = fold.distance(fold.rest.take(fold.pairs))
             for i, score in enumerate(found):
@@ -200,6 +210,7 @@ def cross_validated(
 
 
 def _folds(bank: LatentBank, boundary: float, seed: int) -> Iterator[_Fold]:
+    """Those that have a row to ask about."""
     rows = torch.arange(len(bank))
     labels = torch.tensor(bank.labels_of(rows.tolist())) if bank.classes else None
     # Copies of a row are in its fold: otherwise what is trained on would have it.
@@ -212,13 +223,17 @@ def _folds(bank: LatentBank, boundary: float, seed: int) -> Iterator[_Fold]:
     for number in range(FOLDS):
         draws = torch.Generator().manual_seed(seed + number)
         out = order[same] % FOLDS == number
+        if out.all():  # all rows are equal
+            continue
         rest = LatentBank(samples(rows[~out]), None if labels is None else labels[~out])
         if labels is not None:  # a class that is in this fold only cannot be asked about
             out = out & torch.isin(labels, torch.tensor(rest.classes))
         asked = rows[out]
+        if not len(asked):
+            continue
         asked = asked[torch.randperm(len(asked), generator=draws)[: ASKED // FOLDS]]
         x1 = samples(asked)
-        share = (torch.arange(len(x1)) + torch.rand(len(x1), generator=draws)) / max(1, len(x1))
+        share = (torch.arange(len(x1)) + torch.rand(len(x1), generator=draws)) / len(x1)
         yield _Fold(
             rest,
             x1,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import TypeAlias
+from contextlib import suppress
+from operator import index
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ __all__ = [
     "strength_at",
     "time_of",
 ]
+
+N = TypeVar("N")
 
 Strength: TypeAlias = "Callable[[Tensor], Tensor]"
 """A function from times, (B,), to numbers in [0, 1], (B,), that multiply what is added to rows."""
@@ -143,30 +147,47 @@ def strength_at(
     return share
 
 
-def check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float) -> None:
-    """Raises if `bank` is no bank of fixed rows, or a number is out of range."""
+def check_settings(
+    bank: LatentBank, neighbours: int, scale: float, floor: float
+) -> tuple[int, float, float]:
+    """The numbers, also of numpy's and torch's types, as Python's.
+
+    Raises if `bank` is no bank of fixed rows, or a number is out of range.
+    """
     if not isinstance(bank, LatentBank):
         raise TypeError(
             f"Expected a LatentBank to smooth, got {type(bank).__name__}. Of samples make "
             'Smoothing(LatentBank(x)); of latents in files Smoothing(open_latents("path").bank()).'
         )
     require_fixed(bank)
-    if isinstance(neighbours, bool) or not isinstance(neighbours, int):
+    count = _number(index, neighbours)
+    if count is None:
         raise TypeError(
             f"Expected `neighbours` to be a whole number, got {neighbours!r}: "
             "Smoothing(bank, neighbours=8)."
         )
-    if not 1 <= neighbours < len(bank):
+    if not 1 <= count < len(bank):
         raise ValueError(
             f"Expected `neighbours` from 1 to {len(bank) - 1}, the number of other rows, got "
-            f"{neighbours}: Smoothing(bank, neighbours={min(8, len(bank) - 1)})."
+            f"{count}: Smoothing(bank, neighbours={min(8, len(bank) - 1)})."
         )
+    sizes = []
     for name, value, usual in (("scale", scale, 1), ("floor", floor, 0)):
-        if not isinstance(value, float | int) or not 0 <= value < math.inf:
+        size = _number(float, value)
+        if size is None or not 0 <= size < math.inf:
             raise ValueError(
                 f"Expected `{name}` of at least 0, got {value!r}. The default is "
                 f"Smoothing(bank, {name}={usual})."
             )
+        sizes.append(size)
+    return count, sizes[0], sizes[1]
+
+
+def _number(kind: Callable[[Any], N], value: Any) -> N | None:
+    """A number of any library as Python's; None for what is no number."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        return None if isinstance(value, bool | str) else kind(value)
+    return None
 
 
 def require_fixed(bank: LatentBank) -> None:

@@ -265,9 +265,15 @@ def read_metadata(path: FilePath, kind: str, name: str) -> dict[str, str]:
 def is_computed(path: FilePath, wanted: dict[str, str], name: str) -> bool:
     """Whether there is a file with the `wanted` metadata; warns if it has others.
 
-    Refuses a file of another "format".
+    Refuses a file of another "format", and a folder that is missing.
     """
     if not os.path.exists(path):
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(
+                f"Expected a folder for the {name} in {os.fspath(path)}, got none at {folder}. "
+                f"Make it first: os.makedirs({folder!r})."
+            )
         return False
     found = read_metadata(path, wanted["format"], name)
     if found == wanted:

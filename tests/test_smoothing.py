@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -373,10 +374,27 @@ def test_covariance_of_draws(bank, class_wise, row):
     assert ((gap.mean(0) / scale).abs() < 5 / math.sqrt(len(gap))).all()
 
 
-def test_a_class_of_one_row_has_no_neighbours_of_its_own(bank):
+def test_a_class_of_one_row_has_no_neighbours_of_its_own(bank, recwarn):
     smoothing = Smoothing(bank, 8, class_wise=True, progress=False)
     row = torch.tensor([bank.segment(2).start])
     assert torch.equal(smoothing.draw(bank.rows[row], row), bank.rows[row])
+    assert not recwarn.list  # other rows have neighbours
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "class_wise", "why"),
+    [
+        (torch.ones(20, 3), None, False, "all rows are equal"),
+        (torch.ones(20, 3), torch.zeros(20).long(), True, "all rows are equal"),
+        (samples(20), torch.arange(20), True, "no class has rows that differ .class_wise=False"),
+    ],
+)
+def test_a_warning_where_no_row_has_a_neighbour(tmp_path, x, y, class_wise, why):
+    bank = LatentBank(x, y)
+    for _ in range(2):  # also where they are read from a file
+        with pytest.warns(UserWarning, match=f"no row has a neighbour, since {why}") as caught:
+            Smoothing.cached(tmp_path / "n", bank, class_wise=class_wise, progress=False)
+        assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -490,6 +508,29 @@ def test_features_stand_in_the_order_of_the_data(class_wise):
     assert (found[~there] == 0).all()
 
 
+@pytest.mark.parametrize("class_wise", [False, True])
+@pytest.mark.parametrize("tags", [False, True])
+def test_features_give_the_distance_and_rows_the_duplicates(tags, class_wise):
+    x, y = samples(), labels()  # row 1 stands three times
+    features = torch.randn(60, 3, generator=draws(4))
+    features[2] = features[1] + 1e-3
+    if tags:
+        features = torch.nn.functional.one_hot(torch.arange(60) % 4, 4).float()
+    bank = LatentBank(x, y)
+    smoothing = Smoothing(bank, 20, features=features, class_wise=class_wise, progress=False)
+    x, y, own = x[bank.index], y[bank.index], features[bank.index].double()
+    gaps = torch.linalg.vector_norm(own[:, None] - own, dim=2)
+    wrong = (x[:, None] == x).all(2) | (class_wise & (y[:, None] != y))
+    expected = gaps.masked_fill(wrong, math.inf).topk(20, largest=False).values
+    near, row = smoothing.index.long(), torch.arange(60)[:, None]
+    there = near != row
+    assert torch.equal(there, expected.isfinite())
+    torch.testing.assert_close(gaps[row, near][there], expected[there])
+    assert not wrong[row, near][there].any()
+    ordered = near.sort(dim=1).values  # each neighbour once
+    assert ((ordered.diff(dim=1) > 0) | (ordered[:, 1:] == row)).all()
+
+
 def test_cached(bank, tmp_path, monkeypatch, recwarn):
     file = tmp_path / "smoothing.safetensors"
     made = Smoothing.cached(file, bank, 4, progress=False)
@@ -521,6 +562,20 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
         Smoothing.cached(file, bank, 4)
 
 
+def test_a_folder_that_is_missing_is_told_before_the_search(bank, tmp_path, monkeypatch):
+    monkeypatch.setattr("stagewise.smoothing.nearest_others", None)
+    with pytest.raises(FileNotFoundError, match=r"folder for the smoothing.*os.makedirs\('.*no'\)"):
+        Smoothing.cached(tmp_path / "no" / "file", bank)
+
+
+def test_numbers_of_other_libraries(bank, tmp_path):
+    half, small = np.float32(0.5), torch.tensor(0.0625)
+    made = Smoothing.cached(tmp_path / "n", bank, np.int64(8), half, small, progress=False)
+    assert repr(made) == "Smoothing(8 neighbours, scale=0.5, floor=0.0625)"
+    assert repr(made.with_scale(small, half)) == "Smoothing(8 neighbours, scale=0.0625, floor=0.5)"
+    assert Smoothing(bank, torch.tensor(8), progress=False).neighbours == 8
+
+
 # --- Errors --------------------------------------------------------------------------------------
 
 
@@ -530,6 +585,8 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
         ({"neighbours": 60}, "`neighbours` from 1 to 59.*got 60: Smoothing.bank, neighbours=8"),
         ({"neighbours": 0}, "`neighbours` from 1 to 59.*got 0"),
         ({"scale": -1.0}, "`scale` of at least 0, got -1.0"),
+        ({"scale": "1"}, "`scale` of at least 0, got '1'"),
+        ({"scale": torch.ones(2)}, "`scale` of at least 0, got tensor"),
         ({"floor": math.nan}, "`floor` of at least 0, got nan"),
         ({"features": torch.zeros(59, 2)}, r"`features` with shape \(60, F\).*got \(59, 2\)"),
         ({"features": torch.zeros(60)}, r"`features` with shape \(60, F\).*got \(60,\)"),
@@ -582,6 +639,13 @@ def test_draws_that_are_refused(smoothing):
     refused(r"t. in \[0, 1\]", x1, source, t=t + 1, boundary=0.5)
     with pytest.raises(TypeError, match="`source` to be a tensor"):
         smoothing.draw(x1, [0, 1, 2, 3])
+
+
+def test_a_source_is_checked_after_draws_that_looked_it_up(smoothing):
+    x1 = smoothing.bank.rows[:4]
+    smoothing.draw(x1)
+    with pytest.raises(ValueError, match="near the rows"):
+        smoothing.draw(x1, torch.arange(40, 44))
 
 
 def test_oracles_that_are_refused(smoothing):

@@ -123,11 +123,19 @@ def test_copies_that_fill_a_fold_leave_fewer_neighbours_to_try():
     assert max(score.neighbours for score in fitted.scores) < rest
 
 
-def test_none_where_nothing_can_be_asked():
-    """A row for each class: those of a fold are of no class outside it."""
+@pytest.mark.parametrize("class_wise", [False, True])
+def test_none_where_each_row_is_a_class(class_wise):
+    """Those of a fold are of no class outside it."""
     bank = LatentBank(plane(30), torch.arange(30))
-    with pytest.warns(UserWarning, match="none. On rows left out"):
-        assert Smoothing.fit(bank, progress=False) is None  # collapsed from the start
+    with pytest.warns(UserWarning, match=r"none.*too few rows differ from others of their class"):
+        assert Smoothing.fit(bank, class_wise=class_wise, progress=False) is None
+
+
+@pytest.mark.parametrize("differ", [1, 2, 4])
+def test_none_where_too_few_rows_differ(differ):
+    bank = LatentBank(plane(differ).repeat(20, 1))
+    with pytest.warns(UserWarning, match=r"none.*too few rows differ from others\."):
+        assert Smoothing.fit(bank, 0.7, progress=False) is None
 
 
 @pytest.mark.parametrize("boundary", [-1.0, 1.0, 5.0])

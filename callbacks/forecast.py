@@ -155,8 +155,8 @@ class Forecast(ModelMonitor):
         gap = smoothing.gap if smoothing is not None and smoothing.worth_trying else None
         entry |= {"targets": f"{_targets(entry)}", "smoothing_gap": gap}
         entry["smoothing"] = None if smoothing is None else f"{smoothing}"
-        smoothing = "" if entry["smoothing"] is None else f"; {entry['smoothing']}"
-        self.say(f"step {step}: {entry['targets']}{smoothing}")
+        said = "" if smoothing is None else f"; {smoothing}"
+        self.say(f"step {step}: {entry['targets']}{said}")
         return entry
 
     @override

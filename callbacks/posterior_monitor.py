@@ -297,8 +297,11 @@ class PosteriorMonitor(Monitor):
 
     def _header(self) -> dict[str, Any]:
         bank = self.oracle.bank
+        fixed = self.oracle.engine.holds_all_rows and not bank.origin
         return {
             "event": "bank",
+            "dtype": f"{bank.dtype}",
+            "fingerprint": bank.fingerprint if fixed else None,
             "rows": len(bank),
             "shape": list(bank.shape),
             "std": bank.std,

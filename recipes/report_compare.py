@@ -28,9 +28,9 @@ __all__ = ["compared", "refuse_other_data"]
 
 _READING = (
     "All numbers are of the last probe up to the same step, over uniform t. The floor is the part "
-    "of the loss that no model removes. It depends on the data only, so these runs share it, and "
-    "differ in the loss above it. ± is two standard errors. Probes of runs with one seed use the "
-    "same noisy samples, so their differences are more certain than that."
+    "of the loss that no model removes. It depends on the data only: runs on the same data share "
+    "it, and differ in the loss above it. ± is two standard errors. Probes of runs with one seed "
+    "use the same noisy samples, so their differences are more certain than that."
 )
 
 _STEPS = 4
@@ -46,7 +46,7 @@ def refuse_other_data(runs: Mapping[str, Facts]) -> None:
             differing[key] = found
     if differing:
         listed = "; ".join(
-            f"{key} {', '.join(f'{value} ({name})' for name, value in found.items())}"
+            f"{key} {', '.join(f'{_short(value)} ({name})' for name, value in found.items())}"
             for key, found in differing.items()
         )
         pages = "".join(
@@ -56,6 +56,10 @@ def refuse_other_data(runs: Mapping[str, Facts]) -> None:
             f"Expected runs of the same data, got {listed}. Losses on other data have another "
             f"floor, and cannot be compared. For a page about each:{pages}"
         )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
 
 def _alike(values: list[Any]) -> bool:
@@ -107,6 +111,14 @@ def _warnings(runs: Mapping[str, Facts]) -> list[str]:
             found.append(f"{name} has no PosteriorMonitor, so its data may be other data.")
         if facts.last is not None and facts.last.get("alarm"):
             found.append(f"{name}: {facts.last['alarm']}; its oracle is not that of its training.")
+    banks = [facts.bank for facts in runs.values() if facts.bank.get("fingerprint")]
+    kinds = {bank["dtype"] for bank in banks}
+    if len({(bank["dtype"], bank["fingerprint"]) for bank in banks}) > len(kinds):
+        found.append(
+            "The training rows of these runs are not the same: other samples, another order, or "
+            "latents drawn anew. If they are other data, their floors differ, and their losses "
+            "cannot be compared."
+        )
     return found
 
 

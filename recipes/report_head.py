@@ -86,8 +86,13 @@ def date_of(facts: Facts) -> str:
 def _stopped(facts: Facts) -> list[str]:
     """A warning if a run has not reached its end, by the monitors of its model."""
     last = (facts.probes or facts.samples or [{}])[-1]
-    if not facts.planned or not last or last.get("at_end") or facts.step >= facts.planned:
+    if not facts.planned or last.get("at_end") or facts.step >= facts.planned:
         return []
+    if not last:
+        return [
+            f"The last measurement is of step {facts.step} of {facts.planned}. These files do not "
+            "tell whether the run reached its end."
+        ]
     place = shlex.quote(str(facts.run.folder))
     return [
         f"The last measurement is of step {facts.step} of {facts.planned}: the run was stopped "

@@ -68,8 +68,8 @@ def _samples(facts: Facts) -> str:
         )
     for kind in ("memorization_probe", "guard_probe"):
         if (path := facts.run.picture(kind, "samples")) is not None:
-            about = "Generated samples beside their nearest training rows."
-            return stored(path, f"{about} {copied(facts)}.")
+            about = "Generated samples, at the step over the picture, beside their nearest rows."
+            return stored(path, f"{about} At step {facts.samples[-1]['step']}: {copied(facts)}.")
     argument = "decode=..." if facts.samples else ""
     return missing("Pictures of samples", f"MemorizationMonitor({argument})")
 
@@ -127,9 +127,12 @@ def _by_time(facts: Facts, last: Event) -> str:
     loss, floor = (facts.stage(last, STAGES[0], key) for key in ("conditional", "floor"))
     text = f"The floor is {percent(floor / loss)} of the loss in navigation. " if loss > 0 else ""
     if math.isfinite(facts.boundary.collapsed):
-        text += "Above the collapsed boundary there is no floor: all of the loss is the model's. "
+        text += "Above the collapsed boundary there is almost no floor: the loss is the model's. "
     if last.get("held_out"):
-        text += "Where the held-out line is clearly above the training line, rows are memorized."
+        text += (
+            "Where the held-out line is clearly above the training line, rows are memorized, or "
+            "held-out samples are harder (then it is above from the first probe on)."
+        )
     return text
 
 
@@ -191,7 +194,9 @@ def _definition(facts: Facts) -> str:
 def _stages(facts: Facts) -> str:
     if not facts.run.of("probe"):
         known = paragraph(_definition(facts)) * math.isfinite(facts.boundary.midpoint)
-        return known + missing("Where navigation ends", "PosteriorMonitor()")
+        return known + missing(
+            "Intervals of these boundaries, and the largest weight over t", "PosteriorMonitor()"
+        )
     probe, predicted = facts.run.first("probe"), facts.bank.get("predicted")
     middle = facts.boundary.midpoint
     where = f"Below t = {time_of(middle)}" if math.isfinite(middle) else "At any t"
@@ -199,7 +204,7 @@ def _stages(facts: Facts) -> str:
     if predicted is not None:
         concentration += f"The spectrum of the data alone predicts t = {time_of(predicted)}."
     title, label = "How far one row explains a noisy sample", "MSE(conditional, oracle velocity)"
-    floor = "This part of the loss says nothing about the model. It ends at the collapsed boundary."
+    floor = "This loss says nothing about the model. It nearly ends at the collapsed boundary."
     pictures = (
         ("top1", "largest posterior weight", title, concentration),
         ("target_difference", label, "The floor of the loss", floor),
@@ -293,8 +298,8 @@ def _copies(facts: Facts) -> str:
     )
     pictures = {
         "samples": "Generated samples, each beside its nearest training row. Red frame: a copy.",
-        "resumed": "Held-out rows with noise, finished by the model. What comes back, but was "
-        "not in the noisy sample, is memorized.",
+        "resumed": "Held-out rows with noise, finished by the model. If the result is a copy of "
+        "a training row (red frame), that row is memorized.",
     }
     shown = [stored(facts.run.picture(last["event"], k), text) for k, text in pictures.items()]
     titles = ["oracle until t", "copies", "share", "95 % exact interval"]

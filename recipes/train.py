@@ -129,7 +129,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             for path in sorted([*run_dir.rglob("*.png"), *run_dir.rglob("*.jsonl")])
         )
         + f"TensorBoard:  tensorboard --logdir {place}\n"
-        + f"One page:     stagewise report {place}\n"
+        + f"One page:     stagewise report {place}\n" * any(run_dir.rglob("stages.jsonl"))
         + f"Samples:      stagewise sample {place}\n\n"
         + conclusion(results["stages"])
     )

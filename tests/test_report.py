@@ -509,6 +509,14 @@ def test_a_run_that_was_killed_says_where(run):
     assert "was stopped" not in read(report(run)).text
 
 
+def test_a_run_of_the_data_alone_does_not_tell_whether_it_ended(run):
+    for part in ("errors", "transitions", "memory"):
+        shutil.rmtree(run / part)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("500", "1200"))
+    assert "do not tell whether the run reached its end" in read(report(run)).text
+
+
 def test_a_loss_that_was_not_finite_is_on_top(run):
     broken = {"event": "non-finite", "step": 77, "rows": [3, 5], "t": [0.1, 0.2]}
     write(run / "errors", *events_of(run, "errors"), broken)
@@ -607,6 +615,20 @@ def test_runs_of_other_data_are_not_compared(pair, key, value, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stagewise report", str(run), str(other)])
     with pytest.raises(SystemExit, match="stagewise report: Expected runs of the same data"):
         page.main()
+
+
+def test_rows_that_differ_in_a_checksum_are_told(pair):
+    run, other = pair
+    for folder, dtype, checksum, told in (
+        (other, "torch.float32", "b", True),
+        (other, "torch.bfloat16", "b", False),  # may be the same rows, rounded
+        (other, "torch.float32", "a", False),
+    ):
+        for each, kind, kept in ((run, "torch.float32", "a"), (folder, dtype, checksum)):
+            bank, *probes = events_of(each, "stages")
+            write(each / "stages", bank | {"dtype": kind, "fingerprint": kept}, *probes)
+        text = read(compare(pair)).text
+        assert ("The training rows of these runs are not the same" in text) is told
 
 
 def test_what_two_runs_do_not_tell_is_said(pair):

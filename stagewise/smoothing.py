@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +45,7 @@ from stagewise.smoothing_inputs import (
     rows_of,
     search_space,
     strength_at,
+    tell_of_neighbours,
 )
 from stagewise.stages import StageBoundary
 from stagewise.tensor_files import is_computed, read_computed, write_tensors
@@ -135,14 +135,7 @@ class Smoothing:
             if file is not None:
                 self.save(file)
         self._all_have_k = self._has_all()
-        if (self.index == torch.arange(len(bank))[:, None]).all():
-            why = "all rows are equal"
-            if class_wise and len(bank.classes) > 1:
-                why = "no class has rows that differ (class_wise=False searches among all rows)"
-            warnings.warn(
-                f"stagewise: no row has a neighbour, since {why}: only a floor moves samples.",
-                stacklevel=2,
-            )
+        tell_of_neighbours(bank, self.index, class_wise)
 
     def _has_all(self) -> bool:
         """Whether each row has K neighbours."""

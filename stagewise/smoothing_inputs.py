@@ -27,6 +27,7 @@ __all__ = [
     "rows_of",
     "search_space",
     "strength_at",
+    "tell_of_neighbours",
     "time_of",
 ]
 
@@ -181,6 +182,18 @@ def check_settings(
             )
         sizes.append(size)
     return count, sizes[0], sizes[1]
+
+
+def tell_of_neighbours(bank: LatentBank, index: Tensor, class_wise: bool) -> None:
+    """Warns if no row has a neighbour; `index`, (N, K), has the row itself where it has none."""
+    if (index == torch.arange(len(bank))[:, None]).all():
+        why = "all rows are equal"
+        if class_wise and len(bank.classes) > 1:
+            why = "no class has rows that differ (class_wise=False searches among all rows)"
+        warnings.warn(
+            f"stagewise: no row has a neighbour, since {why}: only a floor moves samples.",
+            stacklevel=3,
+        )
 
 
 def _number(kind: Callable[[Any], N], value: Any) -> N | None:

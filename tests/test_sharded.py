@@ -4,6 +4,7 @@ This file is also what the processes run: every scenario of a world size in one 
 """
 
 import copy
+import gc
 import os
 import pickle
 import re
@@ -208,25 +209,23 @@ def train(net, oracle, ranks):
 
 
 def memory(world, rank):
-    """Bytes of a rank's rows as they are stored, and what the process grew by (Linux)."""
+    """Bytes of a rank's rows as they are stored, and of all tensors that a query left behind."""
     n, dim = LARGE
-    before = resident()
+    before = alive()
     rows = shard_rows(n, rank, world)
     x = torch.randn(rows.stop - rows.start, dim, generator=torch.Generator().manual_seed(rank))
     bank = LatentBank(x)
     oracle = Oracle(bank, engine=Sharded())
     post = oracle.posterior(bank.take(torch.arange(4)).float(), torch.full((4,), 0.9))
     assert post.weights.min() > 0.99
-    grown = None if before is None else resident() - before
-    return bank.rows.untyped_storage().nbytes(), grown
+    return bank.rows.untyped_storage().nbytes(), alive() - before
 
 
-def resident():
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return 1024 * int(line.split()[1])
+def alive():
+    """Bytes of all tensors of this process. The resident size also moves with the allocator."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def refuse(*_, **__):

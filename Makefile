@@ -144,7 +144,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/pip
 $(VENV)/.all: pyproject.toml $(VENV)/.dev
 	@echo "installing '.[cluster]' into $(VENV): torch-cluster is compiled, some minutes"
 	@printf '[build_ext]\nparallel = %s\n' $$(nproc) > $(VENV)/parallel.cfg
-	@export DIST_EXTRA_CONFIG=$(CURDIR)/$(VENV)/parallel.cfg; \
+	@export DIST_EXTRA_CONFIG=$(CURDIR)/$(VENV)/parallel.cfg CFLAGS=-g0 CXXFLAGS=-g0; \
 	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable '.[dev,cluster]' && \
 	{ $(BIN)/python -c 'import torch_cluster' 2> /dev/null || $(BIN)/pip install --quiet --no-compile \
 	  --no-build-isolation --no-cache-dir --no-deps --force-reinstall torch-cluster; }

@@ -58,6 +58,7 @@ def test_energy_distance_is_that_of_all_pairs(parts):
     assert parts.energy_distance(x, y) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_scheme_trains_from_the_same_weights(plan, parts, monkeypatch):
     monkeypatch.setattr(parts, "SAMPLES", 60)
     draws = torch.Generator().manual_seed(1)

@@ -972,6 +972,7 @@ def test_a_scheduler_that_samples_beside_what_trains(together, where, run, read_
         assert isinstance(callbacks[0].scheme.path, CosinePath)
 
 
+@pytest.mark.slow
 def test_a_module_that_is_compiled_trains_as_it_would(run):
     """`torch.compile(module)` as a whole: the oracle stays outside of what is traced.
 

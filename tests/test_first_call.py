@@ -545,6 +545,7 @@ def test_a_compiled_module_trains_with_an_objective_that_mixes(compiled):
         torch.testing.assert_close(one, same)
 
 
+@pytest.mark.slow
 def test_a_compiled_function_asks_scheme_and_oracle(compiled):
     y, call = made()
     scheme, oracle = mixing(), Oracle(LatentBank(ROWS))

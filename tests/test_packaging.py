@@ -166,7 +166,8 @@ def test_install(way, source, wheels, tmp_path):
     assert list(env.scripts.glob("stagewise*")), "the command is missing"
 
 
-@pytest.mark.parametrize("way", [pytest.param("wheel", marks=pytest.mark.slow), "sdist"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["wheel", "sdist"])
 def test_wheel_holds_every_file(way, source, wheels):
     with zipfile.ZipFile(wheels(way)) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -124,6 +124,7 @@ def test_recipe_without_monitor_ema_and_logger(tmp_path, capsys):
     assert "stage boundary" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_figures")
 def test_finished_or_killed_in_its_evaluation_it_is_evaluated_again(
     tmp_path, monkeypatch, capsys, lightning_log

@@ -132,11 +132,12 @@ EVENTS = (VelocityErrorMonitor, StageTransitions)
 
 CASES = [
     *(((), kind, "loss", 1) for kind in KINDS),
-    *(((), kind, "matcher", 2) for kind in ("random rows", "steps")),
+    ((), "random rows", "matcher", 2),
+    pytest.param((), "steps", "matcher", 2, marks=pytest.mark.slow),
     *(((), kind, "loss", 2) for kind in NEEDS_LOSSES),
     # StageTransitions needs a probe in each step, and without it there is one in some.
     ([kind for kind in MONITORS if kind is not StageTransitions], "steps", "loss", 1),
-    (MONITORS, "event", "loss", 1),
+    pytest.param(MONITORS, "event", "loss", 1, marks=pytest.mark.slow),
 ]
 
 

@@ -589,6 +589,7 @@ print(report(Path()))
 """
 
 
+@pytest.mark.slow
 def test_it_needs_no_lightning(tmp_path):
     run = [sys.executable, "-c", WITHOUT]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -17,8 +17,11 @@ from stagewise.callbacks import StageScheme, Watch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = [
-    *("plain_loop", "fabric", "accelerate_loop"),
-    pytest.param("hugging_face_trainer", marks=pytest.mark.slow),  # to import it takes seconds
+    "fabric",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("plain_loop", "accelerate_loop", "hugging_face_trainer")
+    ),
 ]
 
 

@@ -74,7 +74,8 @@ def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
     step = min((facts.last["step"] for facts in runs.values() if facts.last), default=0)
     measured = {name: facts for name, facts in runs.items() if facts.at(step) is not None}
     about = {"Data": data_of(next(iter(runs.values())))} | {
-        name: f"{model_of(facts)}; {steps_of(facts)}, {date_of(facts)}"
+        name: f"{model_of(facts)}; trained on {facts.trained_on}; {steps_of(facts)}, "
+        f"{date_of(facts)}"
         for name, facts in runs.items()
     }
     sections: dict[str, Callable[[Mapping[str, Facts]], str]] = {
@@ -95,12 +96,20 @@ def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
 
 
 def _samples(runs: Mapping[str, Facts]) -> str:
-    return row(
-        *(
-            stored(path, f"{name}: training samples (left), generated samples (right)")
-            for name, facts in runs.items()
-            if (path := facts.run.folder / "samples.png").is_file()
-        )
+    pictures = {name: _picture(name, facts) for name, facts in runs.items()}
+    without = [name for name, picture in pictures.items() if not picture]
+    said = f"There is no picture of samples in {', '.join(without)}."
+    return row(*pictures.values()) + (paragraph(said, "dim") if without else "")
+
+
+def _picture(name: str, facts: Facts) -> str:
+    whole = facts.run.folder / "samples.png"
+    if whole.is_file():
+        return stored(whole, f"{name}: training samples (left), generated samples (right)")
+    return stored(
+        facts.run.picture("memorization_probe", "samples")
+        or facts.run.picture("guard_probe", "samples"),
+        f"{name}: generated samples beside their nearest rows",
     )
 
 

@@ -22,6 +22,12 @@ __all__ = ["FLAT", "NOTHING", "Facts", "Value", "number", "percent", "span", "ti
 FLAT = 0.05
 """Relative change of an error that counts as none."""
 
+_HEADERS = ("scheme", "bank", "velocity", "memorization", "guard", "forecasts")
+"""The events that say what the run was trained on."""
+
+_USERS = {"scheme": ("StageScheme",), "engine": ("StageScheme", "PosteriorMonitor")}
+"""The parts of the configuration of a recipe that only these callbacks use."""
+
 
 class Value(NamedTuple):
     """A mean and its standard error, or NaN."""
@@ -70,13 +76,32 @@ class Facts:
         return self.run.folder.resolve().name
 
     @cached_property
+    def config(self) -> str | None:
+        """The text of its configuration, without what no callback has used."""
+        used = _used(tree := _tree(self.run.config))
+        return self.run.config if used == tree else OmegaConf.to_yaml(used)
+
+    @cached_property
     def settings(self) -> dict[str, str]:
-        """Its configuration by dotted key; empty without one that can be read."""
-        try:
-            tree = OmegaConf.to_container(OmegaConf.create(self.run.config or "{}"))
-        except Exception:  # from yaml or OmegaConf: the page shows the text as it is
-            return {}
-        return {key: str(x) for key, x in flat(tree).items()} if isinstance(tree, dict) else {}
+        """What applied of its configuration, by dotted key."""
+        return {key: str(x) for key, x in flat(_used(_tree(self.run.config))).items()}
+
+    @property
+    def steered(self) -> bool:
+        """Whether a scheme has steered it, as far as the files tell."""
+        return any(event.get("steered") for event in self._headers) or bool(self.run.of("scheme"))
+
+    @property
+    def trained_on(self) -> str:
+        """What it was trained on, in words."""
+        found = [event for event in self._headers if event.get("trained_on")]
+        if found:
+            return "; ".join(dict.fromkeys(event["trained_on"] for event in found))
+        return "steered by StageScheme; how is not recorded" if self.steered else "not recorded"
+
+    @property
+    def _headers(self) -> list[Event]:
+        return [event for kind in _HEADERS for event in self.run.events.get(kind, [])]
 
     @property
     def step(self) -> int:
@@ -237,6 +262,26 @@ class Facts:
     def noticed(self, kind: str) -> Event | None:
         """The first event of a kind, such as "memorization onset"."""
         return next((event for event in self.events if event.get("kind") == kind), None)
+
+
+def _tree(config: str | None) -> dict[Any, Any]:
+    """A configuration; empty without one that can be read."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(config or "{}"))
+    except Exception:  # from yaml or OmegaConf: the page shows the text as it is
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _used(tree: dict[Any, Any]) -> dict[Any, Any]:
+    """A configuration without the parts that no callback of the run has used."""
+    if not isinstance(tree.get("callbacks"), dict):
+        return tree
+    # An experiment may set options of a callback that was not chosen.
+    chosen = {k: v for k, v in tree["callbacks"].items() if v and "_target_" in v}
+    names = {str(part["_target_"]).rpartition(".")[2] for part in chosen.values()}
+    unused = {key for key, users in _USERS.items() if names.isdisjoint(users)}
+    return {k: chosen if k == "callbacks" else v for k, v in tree.items() if k not in unused}
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

@@ -26,7 +26,6 @@ _CALLBACKS = (
     ("memorization", "MemorizationMonitor"),
     ("guard", "MemorizationGuard"),
     ("forecasts", "Forecast"),
-    ("scheme", "StageScheme"),
     ("transitions", "StageTransitions"),
 )
 
@@ -36,6 +35,7 @@ def head(facts: Facts, title: str) -> str:
     about = {
         "Model": model_of(facts),
         "Data": data_of(facts),
+        "Trained on": facts.trained_on,
         "Steps": steps_of(facts),
         "Date": f"{date_of(facts)} (last measurement)",
         "Measured by": ", ".join(name for kind, name in _CALLBACKS if facts.run.of(kind)),

@@ -363,9 +363,9 @@ def _events(facts: Facts) -> str:
 
 
 def _settings(facts: Facts) -> str:
-    if facts.run.config is None:
+    if facts.config is None:
         return paragraph(
             "Not in this run: there is no config.yaml in its folder. `stagewise train` writes one.",
             "dim",
         )
-    return settings(facts.run.config)
+    return settings(facts.config)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from stagewise.callbacks.drawing import (
     DATA,
@@ -19,10 +18,11 @@ from stagewise.callbacks.drawing import (
     heading,
     in_order,
     legend,
+    log_ticks,
     new_figure,
     time_axis,
 )
-from stagewise.recipes.report_facts import Facts, Value, number
+from stagewise.recipes.report_facts import Facts, Value
 
 __all__ = [
     "by_size_figure",
@@ -106,9 +106,7 @@ def _logarithmic(x: str, y: str) -> tuple[Figure, Axes]:
     figure = new_figure()
     axes = figure.add_subplot(xlabel=x, ylabel=y, xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(lambda value, _: number(value))
-        axis.set_minor_formatter(NullFormatter())
+        log_ticks(axis)
     return figure, axes
 
 

@@ -204,6 +204,19 @@ def test_every_axis_of_t_has_one_scale_and_says_which_end_is_noise(every_figure)
             assert "0 = noise" in axis.get_label_text(), name
 
 
+def test_every_logarithmic_axis_has_three_labels_or_more(every_figure):
+    seen = 0
+    for name, (figure, _) in every_figure.items():
+        for axes in figure.axes:
+            for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+                if axis.get_scale() == "log":
+                    at = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+                    shown = {text.get_text() for tick, text in at if low <= tick <= high}
+                    assert len(shown - {""}) >= 3, f"{name}: {shown}"
+                    seen += 1
+    assert seen > 5
+
+
 def test_no_legend_covers_anything(every_figure):
     for name, (figure, _) in every_figure.items():
         assert not any(axes.get_legend() for axes in figure.axes), name

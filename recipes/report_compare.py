@@ -12,7 +12,7 @@ import numpy as np
 
 from stagewise.callbacks.velocity_figures import sizes_figure
 from stagewise.recipes import report_figures
-from stagewise.recipes.report_facts import Facts, Value, number, percent, span
+from stagewise.recipes.report_facts import Facts, Value, even, number, percent
 from stagewise.recipes.report_head import (
     CROSSINGS,
     data_of,
@@ -176,7 +176,7 @@ def _numbers(runs: Mapping[str, Facts], step: int) -> str:
         add(name, [str(_value(facts, step, split, key)) for facts in every])
     for stage in STAGES:
         values = [facts.stage(facts.at(step), stage, "oracle") for facts in every]
-        add(f"above the floor, {stage}", [number(value) for value in values])
+        add(f"above the floor, {stage}", even(values))
     add("share of copies", [_copies(facts) for facts in every])
     return table(["", *runs], rows)
 
@@ -185,7 +185,8 @@ def _copies(facts: Facts) -> str:
     if not facts.samples:
         return "–"
     last = facts.samples[-1]
-    return f"{number(last['copies'][0])} ({span(last['low'][0], last['high'][0])})"
+    share, *ends = even([last[key][0] for key in ("copies", "low", "high")])
+    return share if "–" in ends else f"{share} ({ends[0]} to {ends[1]})"
 
 
 def _over_steps(runs: Mapping[str, Facts], step: int) -> str:

@@ -17,7 +17,7 @@ from stagewise.forecast import SmoothingForecast, forecast_smoothing
 from stagewise.recipes.run_files import Event, RunFiles, flat
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["FLAT", "NOTHING", "Facts", "Value", "number", "percent", "span", "time_of"]
+__all__ = ["FLAT", "NOTHING", "Facts", "Value", "even", "number", "percent", "span", "time_of"]
 
 FLAT = 0.05
 """Relative change of an error that counts as none."""
@@ -301,11 +301,23 @@ def number(value: Any) -> str:
     return "0" if value == 0 else "< 0.0001" if 0 < value < 1e-4 else f"{value:.3g}"
 
 
-def percent(share: float | None) -> str:
-    """A share in per cent, with a decimal below ten, or a dash."""
+def even(values: Sequence[Any]) -> list[str]:
+    """Numbers of one kind with the same digits after the point: 1.000 beside 0.999; or dashes."""
+    found = [abs(x) for x in values if isinstance(x, (int, float)) and math.isfinite(x)]
+    largest = max(found, default=0.0)
+    if largest >= 1000 or all(isinstance(x, int) for x in found):
+        return [number(x) for x in values]
+    of_three = 2 - math.floor(math.log10(largest)) if largest > 0 else 0
+    digits = max(of_three, 3 if largest < 10 else 1)
+    return [f"{x:.{digits}f}" if number(x) != "–" else "–" for x in values]
+
+
+def percent(share: float | None, digits: int | None = None) -> str:
+    """A share in per cent, with a decimal below ten or with these digits, or a dash."""
     if share is None or not math.isfinite(share):
         return "–"
-    return f"{100 * share:.{0 if abs(share) >= 0.0995 or share == 0 else 1}f} %"
+    usual = 0 if abs(share) >= 0.0995 or share == 0 else 1
+    return f"{100 * share:.{usual if digits is None else digits}f} %"
 
 
 def time_of(t: Any) -> str:
@@ -313,7 +325,7 @@ def time_of(t: Any) -> str:
     return f"{t:.3f}" if isinstance(t, float) and t >= 0.0995 else number(t)
 
 
-def span(low: Any, high: Any, words: Callable[[Any], str] = number) -> str:
-    """The ends of an interval; empty if one is missing."""
-    ends = words(low), words(high)
+def span(low: Any, high: Any, words: Callable[[Any], str] | None = None) -> str:
+    """The ends of an interval, by default with the same digits; empty if one is missing."""
+    ends = even((low, high)) if words is None else [words(low), words(high)]
     return "" if "–" in ends else f"{ends[0]} to {ends[1]}"

@@ -40,9 +40,6 @@ def loss_by_step_figure(facts: Facts) -> Figure:
     figure, axes = _logarithmic("training step", "MSE of the velocity, uniform t")
     steps = _steps(facts)
     floor = [facts.mean(probe, "train", "floor").mean for probe in facts.probes]
-    # A logarithm has no zero to fill from.
-    low = 0.5 * np.nanmin(floor) if np.isfinite(floor).any() else 1.0
-    axes.fill_between(steps, floor, low, color=FLOOR, lw=0, label="floor: no model goes below")
     for split, colour, style, name in (
         ("train", TRAIN, "-", "training samples"),
         ("held_out", HELD_OUT, "--", "held-out samples"),
@@ -50,6 +47,11 @@ def loss_by_step_figure(facts: Facts) -> Figure:
         found = [facts.mean(probe, split, "conditional") for probe in facts.probes]
         if np.isfinite([value.mean for value in found]).any():
             _line(axes, steps, found, label=name, color=colour, ls=style)
+    if np.isfinite(floor).any():
+        low = 0.5 * np.nanmin(floor)  # a logarithm has no zero to fill from
+        axes.fill_between(steps, floor, low, color=FLOOR, lw=0)
+        axes.plot(steps, floor, color="0.4", lw=1.4, label="floor: no model goes below")
+        axes.set_ylim(bottom=low)
     heading(axes, "The loss and its floor while training")
     legend(figure)
     return figure

@@ -74,6 +74,7 @@ class StageScheme(StageCallback):
 
     Example:
         >>> from stagewise import Mix
+        >>> from stagewise.callbacks import StageScheme
         >>> callback = StageScheme(target=Mix("boundary"))
     """
 
@@ -210,9 +211,8 @@ class StageScheme(StageCallback):
             scheme.set_boundary(boundary)
             self.say(f"the stages meet at t = {scheme.boundary:.3f}")
         scheme.check()
-        words, smooths = in_words(scheme), any(part.smoothing is not None for part in parts(scheme))
-        self.say(f"trains on {words}.{' Monitors compare with the rows.' * smooths}")
-        header = {**self._header, "trained_on": words}
+        header = {**self._header, "trained_on": in_words(scheme)}
+        self.say(f"trains on {header['trained_on']}")
         self.writer.start([header, *self.transitions], resumed=self._resumed)
 
     def settle(self) -> None:

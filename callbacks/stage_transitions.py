@@ -72,7 +72,7 @@ class StageTransitions(StageCallback):
             no monitor.
 
     Example:
-        >>> from stagewise.callbacks import VelocityErrorMonitor
+        >>> from stagewise.callbacks import StageTransitions, VelocityErrorMonitor
         >>> callbacks = [VelocityErrorMonitor(), StageTransitions(subscribers=[print])]
     """
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from stagewise.adapters import TargetMaker, find_target_makers, one_target_maker
 from stagewise.adapters.objective import Objective
+from stagewise.losses import OracleRegularizer
 from stagewise.schemes import Phases, Scheme
 from stagewise.schemes.words import in_words
 
@@ -67,7 +68,10 @@ def trained_on(run: StageRun) -> dict[str, Any]:
     """
     if any(member.steers for member in run.members):
         return {}
-    found = [*map(own_scheme, run.makers), *vars(run.module).values()]
+    # A regularizer has a scheme for its own term, not for the target.
+    others = (m for m in run.module.modules() if not isinstance(m, OracleRegularizer))
+    held = (value for module in others for value in vars(module).values())
+    found = [*map(own_scheme, run.makers), *held]
     schemes = list({id(one): one for one in found if isinstance(one, Scheme | Phases)}.values())
     if schemes:
         return {"trained_on": "; ".join(map(in_words, schemes)), "steered": True}

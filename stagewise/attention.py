@@ -63,7 +63,7 @@ class GaussianAttention(nn.Module):
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise import GaussianAttention, LatentBank, Oracle
         >>> support = torch.randn(50, 16, requires_grad=True)
         >>> xt, t = torch.randn(8, 16), torch.rand(8)
         >>> head = GaussianAttention()

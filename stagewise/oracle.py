@@ -83,6 +83,7 @@ class Oracle:
 
     Example:
         >>> import torch
+        >>> from stagewise import LatentBank, LinearPath, Oracle
         >>> bank = LatentBank(torch.randn(1000, 16))
         >>> oracle = Oracle(bank, LinearPath())
         >>> x0, x1, t = torch.randn(8, 16), bank.rows[:8], torch.rand(8)

@@ -94,7 +94,7 @@ class SmoothedOracle(Oracle):
 
     Example:
         >>> import torch
-        >>> from stagewise import LinearPath
+        >>> from stagewise import LatentBank, LinearPath, SmoothedOracle, Smoothing
         >>> bank = LatentBank(torch.randn(200, 16))
         >>> smoothing = Smoothing(bank, progress=False)
         >>> oracle = SmoothedOracle(bank, LinearPath(), smoothing)

@@ -94,6 +94,7 @@ class Smoothing:
 
     Example:
         >>> import torch
+        >>> from stagewise import LatentBank, Smoothing
         >>> bank = LatentBank(torch.randn(200, 16))
         >>> smoothing = Smoothing(bank, progress=False)
         >>> source = torch.randint(200, (32,))

@@ -21,7 +21,8 @@ def in_words(scheme: Scheme | Phases) -> str:
         collapsed = _at(scheme.collapsed, "the collapsed boundary")
         own = "with a strength that is a function of t"
         where = f"after {collapsed}" if scheme._needs_collapsed else own
-        parts.append(f"smoothed rows ({scheme.smoothing.neighbours} neighbours) {where}")
+        rows = f"smoothed rows ({scheme.smoothing.neighbours} neighbours) {where}"
+        parts.append(f"{rows} (monitors compare with the rows)")
     if scheme._draws_timesteps:
         parts.append(f"t drawn by {_name(scheme._sampler)}")
     if scheme.weight is not None:

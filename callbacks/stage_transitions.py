@@ -77,7 +77,7 @@ class StageTransitions(StageCallback):
     """
 
     order = 4
-    charts = {"transitions (1 at their step)": "/"}
+    charts = {"events (1 at their step)": "/"}
     held = (*StageCallback.held, "_errors", "_posterior", "_monitors", "_rows")
 
     def __init__(

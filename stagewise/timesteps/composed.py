@@ -1,4 +1,4 @@
-"""Samplers made of others: shifted, with a floor, and by stage."""
+"""Samplers made of others: shifted, with a uniform share, and by stage."""
 
 from __future__ import annotations
 

@@ -148,13 +148,13 @@ def log_ticks(axis: Axis) -> None:
 
 
 class _LogTicks(LogLocator):
-    """Powers of ten; on a shorter axis also 2 and 5, then all digits, then round numbers."""
+    """Powers of ten; on a shorter axis 2 and 5 too, then 3, 4, 6, ..., then round numbers."""
 
     @override
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
         powers = range(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
         every = math.ceil(len(powers) / _MOST)
-        for digits in ((1,), (1, 2, 5), range(1, 10)):
+        for digits in ((1,), (1, 2, 5), (1, 1.2, 1.5, *range(2, 10))):
             found = [digit * 10.0**power for power in powers[::every] for digit in digits]
             within = [tick for tick in found if vmin <= tick <= vmax]
             if len(within) >= _LEAST:

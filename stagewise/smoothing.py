@@ -67,8 +67,7 @@ class Smoothing:
     Args:
         bank: The rows, in host memory, on a device or in a file.
         neighbours: K, how many nearest rows shape the Gaussian of a row, default 8.
-        scale: g, default 1. It multiplies the distances to the neighbours; with 0 only the
-            isotropic floor is left.
+        scale: g, default 1. It multiplies the distances to the neighbours.
         floor: f, the isotropic floor: noise of this standard deviation in all directions, in the
             units of the rows, default 0. On small sets 0.05 lowers the held-out loss further, but
             its noise stays in the samples.

@@ -185,7 +185,7 @@ def _copies(facts: Facts) -> str:
     if not facts.samples:
         return "–"
     last = facts.samples[-1]
-    share, *ends = even([last[key][0] for key in ("copies", "low", "high")])
+    share, *ends = even([last[key][0] for key in ("copies", "low", "high")], 2)
     return share if "–" in ends else f"{share} ({ends[0]} to {ends[1]})"
 
 

@@ -301,14 +301,17 @@ def number(value: Any) -> str:
     return "0" if value == 0 else "< 0.0001" if 0 < value < 1e-4 else f"{value:.3g}"
 
 
-def even(values: Sequence[Any]) -> list[str]:
-    """Numbers of one kind with the same digits after the point: 1.000 beside 0.999; or dashes."""
+def even(values: Sequence[Any], figures: int = 3) -> list[str]:
+    """Numbers of one kind with the same digits after the point: 1.000 beside 0.999; or dashes.
+
+    As many as give the largest its significant figures, and three at least below ten.
+    """
     found = [abs(x) for x in values if isinstance(x, (int, float)) and math.isfinite(x)]
     largest = max(found, default=0.0)
     if largest >= 1000 or all(isinstance(x, int) for x in found):
         return [number(x) for x in values]
-    of_three = 2 - math.floor(math.log10(largest)) if largest > 0 else 0
-    digits = max(of_three, 3 if largest < 10 else 1)
+    needed = figures - 1 - math.floor(math.log10(largest)) if largest > 0 else 0
+    digits = max(needed, 3 if largest < 10 else 1)
     return [f"{x:.{digits}f}" if number(x) != "–" else "–" for x in values]
 
 
@@ -327,5 +330,5 @@ def time_of(t: Any) -> str:
 
 def span(low: Any, high: Any, words: Callable[[Any], str] | None = None) -> str:
     """The ends of an interval, by default with the same digits; empty if one is missing."""
-    ends = even((low, high)) if words is None else [words(low), words(high)]
+    ends = even((low, high), 2) if words is None else [words(low), words(high)]
     return "" if "–" in ends else f"{ends[0]} to {ends[1]}"

@@ -127,7 +127,7 @@ def _tiles(facts: Facts) -> str:
             tiles.append(tile("held-out minus training error", str(gap), "over all t"))
     if facts.samples:
         found = facts.samples[-1]
-        share, *ends = even([found[key][0] for key in ("copies", "low", "high")])
+        share, *ends = even([found[key][0] for key in ("copies", "low", "high")], 2)
         interval = "" if "–" in ends else f"95 % exact interval {ends[0]} to {ends[1]}"
         tiles.append(tile("share of copies", share, interval))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""

@@ -154,7 +154,7 @@ def _stage_table(facts: Facts, last: Event) -> str:
     loss, held_out = over("conditional"), over("conditional", "held_out")
     gaps = [b / a - 1 if a > 0 else math.nan for a, b in zip(loss, held_out, strict=True)]
     rows = {
-        "t": [span(low, high) for low, high in zip(edges, edges[1:], strict=False)],
+        "t": [" to ".join(even(ends)) for ends in zip(edges, edges[1:], strict=False)],
         "loss": even(loss),
         "floor": even(over("floor")),
         "above floor": even(over("oracle")),

@@ -288,6 +288,7 @@ def test_numbers_of_one_kind_have_the_same_digits():
     assert even([0.0928, 0.00685, 0.000251]) == ["0.0928", "0.0069", "0.0003"]
     assert even([7.77, 118.0, float("nan")]) == ["7.8", "118.0", "–"]
     assert even([0.0, 0.109]) == ["0.000", "0.109"]
+    assert even([0.0, 0.056], 2) == ["0.000", "0.056"]
     assert even([12, 1234]) == ["12", "1\u202f234"]
 
 

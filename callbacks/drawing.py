@@ -159,7 +159,7 @@ class _LogTicks(LogLocator):
             within = [tick for tick in found if vmin <= tick <= vmax]
             if len(within) >= _LEAST:
                 return within
-        return MaxNLocator(_MOST, min_n_ticks=_LEAST).tick_values(vmin, vmax).tolist()
+        return MaxNLocator(_MOST, min_n_ticks=_LEAST).tick_values(vmin, vmax)
 
 
 def _plain(value: float) -> str:

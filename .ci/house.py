@@ -67,7 +67,8 @@ def draw(path: str) -> None:
     axes.set_ylim(0, len(rows))
     axes.set_axis_off()
     axes.set_title(
-        "Each part imports only from rows below it. Numbers: lines of code. Dark: folders.",
+        "Each part imports only from rows below it. Numbers: lines of code. "
+        "Pale: files. Other colours: folders.",
         fontsize=10,
         loc="left",
     )

@@ -41,6 +41,7 @@ from stagewise.callbacks.drawing import (
     apart,
     counted,
     legend,
+    log_ticks,
     new_figure,
     render,
     time_axis,
@@ -278,20 +279,6 @@ def _save(figure: Figure, file: Path) -> None:
     Image.fromarray(render(figure)).quantize(128, dither=Image.Dither.NONE).save(file)
 
 
-def _decimal_ticks(axis: Any) -> None:
-    """A logarithmic vertical axis with its numbers written out: 0.3, not 3 times a power of 10."""
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), [1 + step / 5 for step in range(45)]):
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        shown = [tick for tick in ticks if low <= tick <= high]
-        if len(shown) > 3:
-            break
-    axis.set_yticks(shown, [f"{tick:.6g}" for tick in shown])
-    axis.set_yticks([], minor=True)
-
-
 def _draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
     """Every metric over steps, one line for each scheme."""
     figure = new_figure(13, 4.6)
@@ -303,7 +290,8 @@ def _draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
                 axis.plot(*curve(runs[scheme], metric), label=scheme, **style)
         axis.axhline(curve(runs["plain"], metric)[1, -1], color="black", lw=0.8, ls=":")
         axis.set(xlabel="optimizer step", ylabel=title)
-        _decimal_ticks(axis)
+        axis.set_yscale("log")
+        log_ticks(axis.yaxis)
         axis.grid(alpha=0.3)
     legend(figure, ncols=4)
     counts = " or ".join(map(str, sorted({len(own) for own in runs.values()})))
@@ -384,6 +372,7 @@ def _draw_variance(folder: Path, made: dict[str, Any]) -> None:
     axes[2].set(ylabel="removed / signal", title=f"removed in 1 ms for {made['queries']} queries")
     for axis in axes:
         axis.set_yscale("log")
+        log_ticks(axis.yaxis)
         time_axis(axis, times)
         axis.grid(alpha=0.3)
     about = f"photos{made['patch']}, {counted(made['rows'], None, 0)}, class-wise"

@@ -17,11 +17,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from typing_extensions import override
 
 from stagewise.stages import StageBoundary
 from stagewise.velocity_probe import STAGES
@@ -46,6 +48,7 @@ __all__ = [
     "heading",
     "in_order",
     "legend",
+    "log_ticks",
     "mark_time",
     "new_figure",
     "render",
@@ -74,6 +77,8 @@ _TICKS = [0.5] + [
     for power in range(1, 7)
     for tick in (digit / 10**power, 1 - digit / 10**power)
 ]
+_LEAST, _MOST = 3, 8
+"""Labelled ticks of a logarithmic axis."""
 _NARROW = 0.09
 """Share of an axis below which there is no room to name a stage."""
 
@@ -130,6 +135,35 @@ def legend(figure: Figure, ncols: int = 3, on: str = "none") -> None:
         style = {"ncols": ncols, "facecolor": on, "edgecolor": "none", "fontsize": 8}
         style["labelcolor"] = "black" if on == "none" else "white"
         figure.legend(found.values(), found.keys(), loc="outside lower center", **style)
+
+
+# -- logarithmic axes -------------------------------------------------------------------------
+
+
+def log_ticks(axis: Axis) -> None:
+    """Labels three ticks or more of a logarithmic axis, however short, with plain numbers."""
+    axis.set_major_locator(_LogTicks())
+    axis.set_major_formatter(lambda value, _: _plain(value))
+    axis.set_minor_formatter(NullFormatter())
+
+
+class _LogTicks(LogLocator):
+    """Powers of ten; on a shorter axis 2 and 5 too, then 3, 4, 6, ..., then round numbers."""
+
+    @override
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        powers = range(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
+        every = math.ceil(len(powers) / _MOST)
+        for digits in ((1,), (1, 2, 5), (1, 1.2, 1.5, *range(2, 10))):
+            found = [digit * 10.0**power for power in powers[::every] for digit in digits]
+            within = [tick for tick in found if vmin <= tick <= vmax]
+            if len(within) >= _LEAST:
+                return within
+        return MaxNLocator(_MOST, min_n_ticks=_LEAST).tick_values(vmin, vmax)
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}".replace(",", " ") if value >= 1000 else f"{value:.6g}"
 
 
 # -- the axis of t ----------------------------------------------------------------------------
@@ -262,8 +296,6 @@ def step_colour(colours: ScalarMappable, step: int) -> Any:
 
 
 def step_bar(axes: Axes, colours: ScalarMappable) -> None:
-    """The colour bar of `by_step`, with its numbers written out."""
+    """The colour bar of `by_step`."""
     assert isinstance(axes.figure, Figure)
-    bar = axes.figure.colorbar(colours, ax=axes, label="training step")
-    for set_formatter in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):
-        set_formatter(LogFormatter())
+    log_ticks(axes.figure.colorbar(colours, ax=axes, label="training step").ax.yaxis)

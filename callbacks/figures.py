@@ -107,9 +107,13 @@ def _of_posterior(
 
 
 def step_columns(steps: Sequence[int]) -> np.ndarray:
-    """Edges of the columns of a heat map: a probe stands for the steps until the next one."""
-    width = steps[-1] - steps[-2] if len(steps) > 1 else 1
-    return np.array([*steps, steps[-1] + width], dtype=float)
+    """Edges of the columns of a heat map: half-way between probes; the outer ones are at its ends.
+
+    So each column is around its probe, and no column lies beyond the last step.
+    """
+    if len(steps) == 1:
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
+    return np.array([steps[0], *centres(steps), steps[-1]], dtype=float)
 
 
 def heatmap_figure(
@@ -126,8 +130,8 @@ def heatmap_figure(
     columns = step_columns(steps)
     rows = np.clip(edges, *axes.get_ylim())
     mesh = axes.pcolormesh(columns, rows, top1.T, vmin=0, vmax=1, cmap=MAGNITUDE)
-    middles = columns[:-1] + np.diff(columns) / 2
-    axes.plot(middles, midpoints, "w.-", lw=1, ms=4, label="midpoint of each probe")
+    label = "midpoint of each probe"
+    axes.plot(steps, midpoints, "w.-", lw=1, ms=5, label=label, clip_on=False)
     heading(axes, "Posterior concentration while training", about)
     legend(figure, on="0.4")
     figure.colorbar(mesh, label="mean largest posterior weight")

@@ -67,7 +67,7 @@ class Forecast(ModelMonitor):
         ValueError: As `VelocityErrorMonitor`.
 
     Example:
-        >>> from stagewise.callbacks import VelocityErrorMonitor
+        >>> from stagewise.callbacks import Forecast, VelocityErrorMonitor
         >>> callbacks = [VelocityErrorMonitor(), Forecast()]
     """
 

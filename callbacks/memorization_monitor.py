@@ -58,6 +58,7 @@ class MemorizationMonitor(ModelMonitor):
             the network is not found, or "average" is asked for and there is none.
 
     Example:
+        >>> from stagewise.callbacks import MemorizationMonitor
         >>> callback = MemorizationMonitor(samples=64, every_n_steps=5000)
     """
 

@@ -12,6 +12,7 @@ from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.callbacks.target_maker import trained_on
 from stagewise.oracle import Oracle
 from stagewise.paths import same_path
 
@@ -146,6 +147,7 @@ class Monitor(StageCallback):
 
     def open_files(self, header: dict[str, Any], events: list[dict[str, Any]]) -> None:
         """Begins `stages.jsonl`; a collective."""
+        header = {**header, **trained_on(self.run)}
         self.writer.start([header, *events], resumed=bool(events) or self.corrected)
 
     @property

@@ -86,6 +86,7 @@ class PosteriorMonitor(Monitor):
         MemoryError: Before the first step, if the bank would not fit.
 
     Example:
+        >>> from stagewise.callbacks import PosteriorMonitor
         >>> from lightning import Trainer
         >>> trainer = Trainer(callbacks=[PosteriorMonitor()], logger=False)
     """

@@ -119,6 +119,7 @@ class StageCallback(Callback):
         compares: Whether it compares the model with the oracle over that bank.
         data_only: Whether it needs neither the model nor the same rows at each probe.
         mixes: Whether it puts the oracle into the targets.
+        steers: Whether it changes what the module is trained on.
         held: Attributes that it drops after a run.
         options: The options that were given to it.
         charts: Of TensorBoard's custom-scalars page: by title, the tags as a pattern after `name`.
@@ -139,6 +140,7 @@ class StageCallback(Callback):
     compares: bool = False
     data_only: ClassVar[bool] = False
     mixes: bool = False
+    steers: ClassVar[bool] = False
     # Lightning sets the last two to methods of the module.
     held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")
     charts: ClassVar[dict[str, str]] = {}

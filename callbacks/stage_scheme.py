@@ -25,6 +25,7 @@ from stagewise.losses.weighted import weighs
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme, mixes, parts
 from stagewise.schemes.refusals import check_rows, tell_rounding
+from stagewise.schemes.words import in_words
 from stagewise.stage_target import BY_HAND
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target
@@ -73,10 +74,11 @@ class StageScheme(StageCallback):
 
     Example:
         >>> from stagewise import Mix
+        >>> from stagewise.callbacks import StageScheme
         >>> callback = StageScheme(target=Mix("boundary"))
     """
 
-    order = 5
+    order, steers = 5, True
     maker: TargetMaker | None = None
     _begin: dict[str, Any] | None = None
     _detach: Detach | None = None
@@ -180,7 +182,7 @@ class StageScheme(StageCallback):
         if isinstance(self.scheme, Phases):
             self.scheme.check_ends(math.inf if run.total is None else run.total)
         run.share_bank(parts(self.scheme))
-        resumed = self._resume()
+        self._resumed = self._resume()
         self.writer = run.open_writer(self)
         about, path = self._where(), self.scheme.path
         if self.maker is not None:  # a scheme without an oracle need not know the path
@@ -188,8 +190,7 @@ class StageScheme(StageCallback):
         asked = [part.oracle.over for part in parts(self.scheme) if part.target and part.oracle]
         about += "".join(f", over {text}" for text in {t for said in asked for t in said.values()})
         self.say(f"steers {about}; {self.writer.describe()}")
-        header = {"event": "scheme", "maker": about, "path": repr(path)}
-        self.writer.start([header, *self.transitions], resumed=resumed)
+        self._header = {"event": "scheme", "maker": about, "path": repr(path)}
         self._seen, self._means = self.scheme.last, SchemeMeans()
         self._attach()
 
@@ -197,23 +198,22 @@ class StageScheme(StageCallback):
         """Makes the scheme again, of the other bank."""
         self._restore()
         self.run.look.schemes.remove(self.scheme)
-        self.scheme = self._made()
+        self.scheme, self._resumed = self._made(), True  # the files are those of this run
         self.before_first_batch()
         self._attach()
 
     def before_first_batch(self) -> None:
-        """Sets the boundary, and checks the scheme."""
+        """Sets the boundary, checks the scheme, and opens the files."""
         scheme, speakers = self.scheme, self.run.host.speakers
         refuse_unheard(speakers, scheme.awaited if isinstance(scheme, Phases) else [])
         unknown = self.renewed or any(part.boundary is None for part in parts(scheme))
         if unknown and (boundary := self._boundary()) is not None:
             scheme.set_boundary(boundary)
             self.say(f"the stages meet at t = {scheme.boundary:.3f}")
-        for part in (part for part in parts(scheme) if part.smoothing is not None):
-            begin = "" if part.collapsed is None else f" from t = {part.collapsed:.3f} on"
-            what = f"trains on draws of {part.smoothing!r}{begin}."
-            self.say(f"{what} Monitors compare with the rows.")
         scheme.check()
+        header = {**self._header, "trained_on": in_words(scheme)}
+        self.say(f"trains on {header['trained_on']}")
+        self.writer.start([header, *self.transitions], resumed=self._resumed)
 
     def settle(self) -> None:
         """Refuses a first step without a steered target, and checks its samples and conditions."""

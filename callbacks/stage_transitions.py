@@ -72,12 +72,12 @@ class StageTransitions(StageCallback):
             no monitor.
 
     Example:
-        >>> from stagewise.callbacks import VelocityErrorMonitor
+        >>> from stagewise.callbacks import StageTransitions, VelocityErrorMonitor
         >>> callbacks = [VelocityErrorMonitor(), StageTransitions(subscribers=[print])]
     """
 
     order = 4
-    charts = {"transitions (1 at their step)": "/"}
+    charts = {"events (1 at their step)": "/"}
     held = (*StageCallback.held, "_errors", "_posterior", "_monitors", "_rows")
 
     def __init__(

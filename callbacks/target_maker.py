@@ -1,20 +1,23 @@
-"""What makes the targets that a `StageScheme` steers, and what steers it already."""
+"""What makes the targets of a module, and what steers them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from stagewise.adapters import TargetMaker, find_target_makers, one_target_maker
 from stagewise.adapters.objective import Objective
+from stagewise.losses import OracleRegularizer
 from stagewise.schemes import Phases, Scheme
+from stagewise.schemes.words import in_words
 
 if TYPE_CHECKING:
+    from stagewise.callbacks.run import StageRun
     from stagewise.callbacks.stage_scheme import StageScheme
 
-__all__ = ["own_scheme", "refuse_second", "maker_for"]
+__all__ = ["maker_for", "own_scheme", "refuse_second", "trained_on"]
 
 
 def maker_for(
@@ -56,3 +59,22 @@ def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:
                 f"Expected a name for each StageScheme, got two with {callback.name!r}, which "
                 "share tags, files and state. Give it: StageScheme(..., name=...)."
             )
+
+
+def trained_on(run: StageRun) -> dict[str, Any]:
+    """What a module is trained on, and whether a scheme steers it; empty with a `StageScheme`.
+
+    That callback writes it itself, once it knows the boundary.
+    """
+    if any(member.steers for member in run.members):
+        return {}
+    # A regularizer has a scheme for its own term, not for the target.
+    others = (m for m in run.module.modules() if not isinstance(m, OracleRegularizer))
+    held = (value for module in others for value in vars(module).values())
+    found = [*map(own_scheme, run.makers), *held]
+    schemes = list({id(one): one for one in found if isinstance(one, Scheme | Phases)}.values())
+    if schemes:
+        return {"trained_on": "; ".join(map(in_words, schemes)), "steered": True}
+    known = run.makers and all(isinstance(maker, Objective) for maker in run.makers)
+    plain = "the target of its own step; no scheme was found in the module"
+    return {"trained_on": "the plain target" if known else plain, "steered": False}

@@ -39,6 +39,7 @@ from stagewise.callbacks.drawing import (
     heading,
     in_order,
     legend,
+    log_ticks,
     mark_time,
     new_figure,
     shade_stages,
@@ -200,7 +201,7 @@ def error_heatmap(
     low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
     norm = LogNorm(max(low, high / 1e3), max(high, low * 1.01))
     figure, axes, _, mesh = _heatmap(edges, probes, values, ends, marks, norm=norm, cmap=MAGNITUDE)
-    figure.colorbar(mesh, label="MSE(oracle velocity), training samples")
+    log_ticks(figure.colorbar(mesh, label="MSE(oracle velocity), training samples").ax.yaxis)
     heading(axes, "Oracle error while training", about)
     legend(figure)
     return figure

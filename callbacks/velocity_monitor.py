@@ -85,7 +85,7 @@ class VelocityErrorMonitor(ModelMonitor):
             network is not found or is given more than labels, or the samples do not fit the bank.
 
     Example:
-        >>> from stagewise.callbacks import PosteriorMonitor
+        >>> from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor
         >>> callbacks = [PosteriorMonitor(), VelocityErrorMonitor(queries=16)]
         >>> ask = lambda module, xt, t, labels: module.net(xt, t, labels)  # if it is not found
         >>> callbacks = [VelocityErrorMonitor(velocity=ask)]

@@ -74,6 +74,7 @@ class FlowMatchingLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from stagewise.losses import FlowMatchingLoss
         >>> loss_fn = FlowMatchingLoss()
         >>> loss = loss_fn(lambda xt, t: torch.zeros_like(xt), torch.randn(16, 3, 8, 8))
         >>> loss.shape, loss_fn.last.loss.shape

@@ -42,7 +42,8 @@ class OracleRegularizer(nn.Module):
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank
+        >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise.losses import OracleRegularizer
         >>> x1, x0, t = torch.randn(8, 4), torch.randn(8, 4), torch.rand(8)
         >>> oracle = Oracle(LatentBank(x1))
         >>> xt = oracle.path.interpolate(x0, x1, t)

@@ -28,7 +28,9 @@ class StageWeightedLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> from stagewise import StageFactors
+        >>> from stagewise.losses import StageWeightedLoss
         >>> weight = StageFactors(navigation=2, refinement=1, boundary=0.5)
         >>> loss_fn = StageWeightedLoss(nn.MSELoss(reduction="none"), weight)
         >>> loss_fn(torch.zeros(2, 3), torch.ones(2, 3), t=torch.tensor([0.1, 0.9]))

@@ -22,6 +22,7 @@ from stagewise.callbacks.drawing import (
     draw_boundary,
     heading,
     legend,
+    log_ticks,
     mark_time,
     new_figure,
     time_axis,
@@ -106,6 +107,7 @@ def _over_time(axes: Axes, statistic: str, profile: Profile) -> None:
 def _from_zero(axes: Axes, statistic: str) -> None:
     if statistic == "ess":
         axes.set_yscale("log")
+        log_ticks(axes.yaxis)
     else:
         axes.set_ylim(0, 1.02 if statistic == "top1" else None)
 
@@ -115,9 +117,11 @@ def _spectrum(axes: Axes, profile: Profile, colour: str, dashes: str = "-") -> N
     values = profile.eigenvalues.numpy()
     values = values[values > values[0] * 1e-9] if len(values) and values[0] > 0 else values[:0]
     axes.semilogy(np.arange(1, len(values) + 1), values, color=colour, ls=dashes, lw=1.8)
+    log_ticks(axes.yaxis)
     axes.set(xlabel="principal axis", ylabel="variance along it")
     if len(values) >= 30:  # below, a log scale has no room for labels
         axes.set_xscale("log")
+        log_ticks(axes.xaxis)
 
 
 def _condition(axes: Axes, profile: Profile) -> None:

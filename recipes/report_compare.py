@@ -12,7 +12,7 @@ import numpy as np
 
 from stagewise.callbacks.velocity_figures import sizes_figure
 from stagewise.recipes import report_figures
-from stagewise.recipes.report_facts import Facts, Value, number, percent, span
+from stagewise.recipes.report_facts import Facts, Value, even, number, percent
 from stagewise.recipes.report_head import (
     CROSSINGS,
     data_of,
@@ -74,7 +74,8 @@ def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
     step = min((facts.last["step"] for facts in runs.values() if facts.last), default=0)
     measured = {name: facts for name, facts in runs.items() if facts.at(step) is not None}
     about = {"Data": data_of(next(iter(runs.values())))} | {
-        name: f"{model_of(facts)}; {steps_of(facts)}, {date_of(facts)}"
+        name: f"{model_of(facts)}; trained on {facts.trained_on}; {steps_of(facts)}, "
+        f"{date_of(facts)}"
         for name, facts in runs.items()
     }
     sections: dict[str, Callable[[Mapping[str, Facts]], str]] = {
@@ -95,12 +96,20 @@ def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
 
 
 def _samples(runs: Mapping[str, Facts]) -> str:
-    return row(
-        *(
-            stored(path, f"{name}: training samples (left), generated samples (right)")
-            for name, facts in runs.items()
-            if (path := facts.run.folder / "samples.png").is_file()
-        )
+    pictures = {name: _picture(name, facts) for name, facts in runs.items()}
+    without = [name for name, picture in pictures.items() if not picture]
+    said = f"There is no picture of samples in {', '.join(without)}."
+    return row(*pictures.values()) + (paragraph(said, "dim") if without else "")
+
+
+def _picture(name: str, facts: Facts) -> str:
+    whole = facts.run.folder / "samples.png"
+    if whole.is_file():
+        return stored(whole, f"{name}: training samples (left), generated samples (right)")
+    return stored(
+        facts.run.picture("memorization_probe", "samples")
+        or facts.run.picture("guard_probe", "samples"),
+        f"{name}: generated samples beside their nearest rows",
     )
 
 
@@ -167,7 +176,7 @@ def _numbers(runs: Mapping[str, Facts], step: int) -> str:
         add(name, [str(_value(facts, step, split, key)) for facts in every])
     for stage in STAGES:
         values = [facts.stage(facts.at(step), stage, "oracle") for facts in every]
-        add(f"above the floor, {stage}", [number(value) for value in values])
+        add(f"above the floor, {stage}", even(values))
     add("share of copies", [_copies(facts) for facts in every])
     return table(["", *runs], rows)
 
@@ -176,7 +185,8 @@ def _copies(facts: Facts) -> str:
     if not facts.samples:
         return "–"
     last = facts.samples[-1]
-    return f"{number(last['copies'][0])} ({span(last['low'][0], last['high'][0])})"
+    share, *ends = even([last[key][0] for key in ("copies", "low", "high")], 2)
+    return share if "–" in ends else f"{share} ({ends[0]} to {ends[1]})"
 
 
 def _over_steps(runs: Mapping[str, Facts], step: int) -> str:

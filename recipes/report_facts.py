@@ -17,10 +17,16 @@ from stagewise.forecast import SmoothingForecast, forecast_smoothing
 from stagewise.recipes.run_files import Event, RunFiles, flat
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["FLAT", "NOTHING", "Facts", "Value", "number", "percent", "span", "time_of"]
+__all__ = ["FLAT", "NOTHING", "Facts", "Value", "even", "number", "percent", "span", "time_of"]
 
 FLAT = 0.05
 """Relative change of an error that counts as none."""
+
+_HEADERS = ("scheme", "bank", "velocity", "memorization", "guard", "forecasts")
+"""The events that say what the run was trained on."""
+
+_USERS = {"scheme": ("StageScheme",), "engine": ("StageScheme", "PosteriorMonitor")}
+"""The parts of the configuration of a recipe that only these callbacks use."""
 
 
 class Value(NamedTuple):
@@ -70,13 +76,32 @@ class Facts:
         return self.run.folder.resolve().name
 
     @cached_property
+    def config(self) -> str | None:
+        """The text of its configuration, without what no callback has used."""
+        used = _used(tree := _tree(self.run.config))
+        return self.run.config if used == tree else OmegaConf.to_yaml(used)
+
+    @cached_property
     def settings(self) -> dict[str, str]:
-        """Its configuration by dotted key; empty without one that can be read."""
-        try:
-            tree = OmegaConf.to_container(OmegaConf.create(self.run.config or "{}"))
-        except Exception:  # from yaml or OmegaConf: the page shows the text as it is
-            return {}
-        return {key: str(x) for key, x in flat(tree).items()} if isinstance(tree, dict) else {}
+        """What applied of its configuration, by dotted key."""
+        return {key: str(x) for key, x in flat(_used(_tree(self.run.config))).items()}
+
+    @property
+    def steered(self) -> bool:
+        """Whether a scheme has steered it, as far as the files tell."""
+        return any(event.get("steered") for event in self._headers) or bool(self.run.of("scheme"))
+
+    @property
+    def trained_on(self) -> str:
+        """What it was trained on, in words."""
+        found = [event for event in self._headers if event.get("trained_on")]
+        if found:
+            return "; ".join(dict.fromkeys(event["trained_on"] for event in found))
+        return "steered by StageScheme; how is not recorded" if self.steered else "not recorded"
+
+    @property
+    def _headers(self) -> list[Event]:
+        return [event for kind in _HEADERS for event in self.run.events.get(kind, [])]
 
     @property
     def step(self) -> int:
@@ -239,6 +264,26 @@ class Facts:
         return next((event for event in self.events if event.get("kind") == kind), None)
 
 
+def _tree(config: str | None) -> dict[Any, Any]:
+    """A configuration; empty without one that can be read."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(config or "{}"))
+    except Exception:  # from yaml or OmegaConf: the page shows the text as it is
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _used(tree: dict[Any, Any]) -> dict[Any, Any]:
+    """A configuration without the parts that no callback of the run has used."""
+    if not isinstance(tree.get("callbacks"), dict):
+        return tree
+    # An experiment may set options of a callback that was not chosen.
+    chosen = {k: v for k, v in tree["callbacks"].items() if v and "_target_" in v}
+    names = {str(part["_target_"]).rpartition(".")[2] for part in chosen.values()}
+    unused = {key for key, users in _USERS.items() if names.isdisjoint(users)}
+    return {k: chosen if k == "callbacks" else v for k, v in tree.items() if k not in unused}
+
+
 def _numbers(values: Sequence[Any]) -> list[float]:
     """Values of a file, with NaN for null."""
     return [math.nan if value is None else value for value in values]
@@ -256,11 +301,26 @@ def number(value: Any) -> str:
     return "0" if value == 0 else "< 0.0001" if 0 < value < 1e-4 else f"{value:.3g}"
 
 
-def percent(share: float | None) -> str:
-    """A share in per cent, with a decimal below ten, or a dash."""
+def even(values: Sequence[Any], figures: int = 3) -> list[str]:
+    """Numbers of one kind with the same digits after the point: 1.000 beside 0.999; or dashes.
+
+    As many as give the largest its significant figures, and three at least below ten.
+    """
+    found = [abs(x) for x in values if isinstance(x, (int, float)) and math.isfinite(x)]
+    largest = max(found, default=0.0)
+    if largest >= 1000 or all(isinstance(x, int) for x in found):
+        return [number(x) for x in values]
+    needed = figures - 1 - math.floor(math.log10(largest)) if largest > 0 else 0
+    digits = max(needed, 3 if largest < 10 else 1)
+    return [f"{x:.{digits}f}" if number(x) != "–" else "–" for x in values]
+
+
+def percent(share: float | None, digits: int | None = None) -> str:
+    """A share in per cent, with a decimal below ten or with these digits, or a dash."""
     if share is None or not math.isfinite(share):
         return "–"
-    return f"{100 * share:.{0 if abs(share) >= 0.0995 or share == 0 else 1}f} %"
+    usual = 0 if abs(share) >= 0.0995 or share == 0 else 1
+    return f"{100 * share:.{usual if digits is None else digits}f} %"
 
 
 def time_of(t: Any) -> str:
@@ -268,7 +328,7 @@ def time_of(t: Any) -> str:
     return f"{t:.3f}" if isinstance(t, float) and t >= 0.0995 else number(t)
 
 
-def span(low: Any, high: Any, words: Callable[[Any], str] = number) -> str:
-    """The ends of an interval; empty if one is missing."""
-    ends = words(low), words(high)
+def span(low: Any, high: Any, words: Callable[[Any], str] | None = None) -> str:
+    """The ends of an interval, by default with the same digits; empty if one is missing."""
+    ends = even((low, high), 2) if words is None else [words(low), words(high)]
     return "" if "–" in ends else f"{ends[0]} to {ends[1]}"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from stagewise.callbacks.drawing import (
     DATA,
@@ -19,10 +18,11 @@ from stagewise.callbacks.drawing import (
     heading,
     in_order,
     legend,
+    log_ticks,
     new_figure,
     time_axis,
 )
-from stagewise.recipes.report_facts import Facts, Value, number
+from stagewise.recipes.report_facts import Facts, Value
 
 __all__ = [
     "by_size_figure",
@@ -40,9 +40,6 @@ def loss_by_step_figure(facts: Facts) -> Figure:
     figure, axes = _logarithmic("training step", "MSE of the velocity, uniform t")
     steps = _steps(facts)
     floor = [facts.mean(probe, "train", "floor").mean for probe in facts.probes]
-    # A logarithm has no zero to fill from.
-    low = 0.5 * np.nanmin(floor) if np.isfinite(floor).any() else 1.0
-    axes.fill_between(steps, floor, low, color=FLOOR, lw=0, label="floor: no model goes below")
     for split, colour, style, name in (
         ("train", TRAIN, "-", "training samples"),
         ("held_out", HELD_OUT, "--", "held-out samples"),
@@ -50,6 +47,11 @@ def loss_by_step_figure(facts: Facts) -> Figure:
         found = [facts.mean(probe, split, "conditional") for probe in facts.probes]
         if np.isfinite([value.mean for value in found]).any():
             _line(axes, steps, found, label=name, color=colour, ls=style)
+    if np.isfinite(floor).any():
+        low = 0.5 * np.nanmin(floor)  # a logarithm has no zero to fill from
+        axes.fill_between(steps, floor, low, color=FLOOR, lw=0)
+        axes.plot(steps, floor, color="0.4", lw=1.4, label="floor: no model goes below")
+        axes.set_ylim(bottom=low)
     heading(axes, "The loss and its floor while training")
     legend(figure)
     return figure
@@ -106,9 +108,7 @@ def _logarithmic(x: str, y: str) -> tuple[Figure, Axes]:
     figure = new_figure()
     axes = figure.add_subplot(xlabel=x, ylabel=y, xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(lambda value, _: number(value))
-        axis.set_minor_formatter(NullFormatter())
+        log_ticks(axis)
     return figure, axes
 
 

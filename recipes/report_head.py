@@ -9,7 +9,7 @@ from collections.abc import Callable
 from html import escape
 from typing import TypeVar
 
-from stagewise.recipes.report_facts import Facts, number, percent, span
+from stagewise.recipes.report_facts import Facts, even, number, percent
 from stagewise.recipes.report_html import definitions, paragraph, tile
 from stagewise.recipes.report_verdict import verdict
 from stagewise.velocity_probe import STAGES
@@ -26,7 +26,6 @@ _CALLBACKS = (
     ("memorization", "MemorizationMonitor"),
     ("guard", "MemorizationGuard"),
     ("forecasts", "Forecast"),
-    ("scheme", "StageScheme"),
     ("transitions", "StageTransitions"),
 )
 
@@ -36,6 +35,7 @@ def head(facts: Facts, title: str) -> str:
     about = {
         "Model": model_of(facts),
         "Data": data_of(facts),
+        "Trained on": facts.trained_on,
         "Steps": steps_of(facts),
         "Date": f"{date_of(facts)} (last measurement)",
         "Measured by": ", ".join(name for kind, name in _CALLBACKS if facts.run.of(kind)),
@@ -127,9 +127,9 @@ def _tiles(facts: Facts) -> str:
             tiles.append(tile("held-out minus training error", str(gap), "over all t"))
     if facts.samples:
         found = facts.samples[-1]
-        ends_of = span(found["low"][0], found["high"][0])
-        about_copies = ends_of and f"95 % exact interval {ends_of}"
-        tiles.append(tile("share of copies", number(found["copies"][0]), about_copies))
+        share, *ends = even([found[key][0] for key in ("copies", "low", "high")], 2)
+        interval = "" if "–" in ends else f"95 % exact interval {ends[0]} to {ends[1]}"
+        tiles.append(tile("share of copies", share, interval))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 

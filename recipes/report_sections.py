@@ -8,7 +8,7 @@ from collections.abc import Callable
 from stagewise.callbacks import figures, velocity_figures
 from stagewise.callbacks.drawing import STAGE_COLOURS, counted
 from stagewise.recipes import report_figures
-from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
+from stagewise.recipes.report_facts import Facts, even, number, percent, span, time_of
 from stagewise.recipes.report_head import safely
 from stagewise.recipes.report_html import (
     drawn,
@@ -145,18 +145,25 @@ def _above(facts: Facts, last: Event) -> str:
 
 
 def _stage_table(facts: Facts, last: Event) -> str:
-    rows, edges = [], facts.stage_edges
-    for stage, low, high in zip(STAGES, edges, edges[1:], strict=False):
-        cells = [
-            facts.stage(last, stage, key)
-            for key in ("conditional", "floor", "oracle", "excess", "cosine")
-        ]
-        held_out = facts.stage(last, stage, "conditional", "held_out")
-        gap = (held_out - cells[0]) / cells[0] if cells[0] > 0 else math.nan
-        places = span(low, high, time_of)
-        rows.append([stage, places, *map(number, [*cells, held_out]), percent(gap)])
-    titles = ["stage", "t", "loss", "floor", "above floor", "above / floor", "cosine"]
-    return table([*titles, "held-out loss", "gap"], rows)
+    """A column for each stage: three fit on a telephone."""
+    edges = facts.stage_edges
+
+    def over(key: str, split: str = "train") -> list[float]:
+        return [facts.stage(last, stage, key, split) for stage in STAGES]
+
+    loss, held_out = over("conditional"), over("conditional", "held_out")
+    gaps = [b / a - 1 if a > 0 else math.nan for a, b in zip(loss, held_out, strict=True)]
+    rows = {
+        "t": [" to ".join(even(ends)) for ends in zip(edges, edges[1:], strict=False)],
+        "loss": even(loss),
+        "floor": even(over("floor")),
+        "above floor": even(over("oracle")),
+        "above / floor": even(over("excess")),
+        "cosine": even(over("cosine")),
+        "held-out loss": even(held_out),
+        "gap": [percent(gap, 1) for gap in gaps],
+    }
+    return table(["", *STAGES], [[name, *cells] for name, cells in rows.items()])
 
 
 def _check(facts: Facts) -> str:
@@ -290,7 +297,7 @@ def _copies(facts: Facts) -> str:
     rows = []
     for place, t in enumerate(last.get("t_switch", [0.0])):
         ends = span(last["low"][place], last["high"][place])
-        found = share_of(last, place), percent(last["copies"][place])
+        found = share_of(last, place), percent(last["copies"][place], 1)
         rows.append([f"{t:g}", *found, ends])
     about = paragraph(
         f"{copied(facts)}. A copy is a sample whose nearest training row is nearer than a third of "
@@ -363,9 +370,9 @@ def _events(facts: Facts) -> str:
 
 
 def _settings(facts: Facts) -> str:
-    if facts.run.config is None:
+    if facts.config is None:
         return paragraph(
             "Not in this run: there is no config.yaml in its folder. `stagewise train` writes one.",
             "dim",
         )
-    return settings(facts.run.config)
+    return settings(facts.config)

@@ -30,6 +30,7 @@ figure { margin: 0; } figcaption { font-size: 14px; margin-top: 4px; max-width: 
 img { display: block; max-width: 100%; height: auto; border-radius: 6px; background: #fff;
   border: 1px solid var(--line); }
 .wide { overflow-x: auto; }
+.wide td:first-child { position: sticky; left: 0; background: var(--page); }
 table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums;
   overflow-wrap: normal; }
 th, td { text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line);
@@ -39,7 +40,8 @@ pre { background: var(--soft); padding: 12px; font-size: 12px; line-height: 1.4;
   white-space: pre-wrap; columns: 2 320px; }
 code { font-size: 0.93em; }
 @media (max-width: 600px) { body { padding: 14px 14px 40px; } dl { grid-template-columns: 1fr; }
-  dt { margin-top: 6px; } .verdict { font-size: 16px; } }
+  dt { margin-top: 6px; } .verdict { font-size: 16px; }
+  table { font-size: 13px; } th, td { padding-right: 8px; } td.number { white-space: normal; } }
 @page { margin: 14mm; }
 @media print { :root { color-scheme: light; --line: #ccc; --soft: #f5f6f8; --text: #000;
   --dim: #444; --page: #fff; --warn: #a00; --mark: #0072b2; }

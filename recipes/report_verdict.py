@@ -150,7 +150,7 @@ def _memorization(facts: Facts) -> Advice | None:
         return None
     smooth = "Smooth refinement, MemorizationGuard() and StageScheme(Scheme.two_stage), or train "
     smooth += "on more data."
-    if facts.run.of("scheme"):
+    if facts.steered:
         return Advice(early or "Train on more data, or fewer steps.", " ".join(why), _OWN)
     return Advice(early + smooth, " ".join(why), f"{_OWN}; the effect of smoothing is {_RESULTS}")
 
@@ -171,7 +171,7 @@ def _times(facts: Facts) -> Advice | None:
     if not facts.windows or not facts.boundary.midpoint > 0:
         return None
     draws = facts.windows[-1]["stages"][_NAVIGATION]["draws"]
-    if facts.run.of("scheme") or draws is None or draws > width / 2:
+    if facts.steered or draws is None or draws > width / 2:
         return None
     return Advice(
         "Draw more t in navigation: StageScheme(timesteps=StageAware(0.3)), or a shift of 0.5.",
@@ -183,7 +183,7 @@ def _times(facts: Facts) -> Advice | None:
 def _targets(facts: Facts) -> Advice | None:
     """Oracle targets, if the floor is most of the loss, or by the forecast of the run."""
     last = facts.last
-    if last is None or facts.run.of("scheme"):
+    if last is None or facts.steered:
         return None
     loss = facts.stage(last, _NAVIGATION, "conditional")
     share = facts.stage(last, _NAVIGATION, "floor") / loss if loss > 0 else math.nan

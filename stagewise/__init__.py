@@ -68,7 +68,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Watch":  # of a higher floor, which needs matplotlib
+    if name == "Watch":  # of a row above, which needs matplotlib
         return import_module("stagewise.callbacks").Watch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

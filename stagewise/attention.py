@@ -19,10 +19,10 @@ h and L.
 D = 4096, where float32 has no digit after the point. The layer computes in float64, which autocast
 does not change, around the mean of the support.
 
-**The data end.** As for the oracle, `s_t` stays above a floor of about 1.5e-6 times the norm of a
-row. At t = 1 the weights are on the nearest rows and the velocity is singular: for an `x_t` that is
-a row it is `a'_t m`, without the noise direction, otherwise the distance to the nearest row over
-the floor. Stop at 0.999.
+**The data end.** As for the oracle, `s_t` stays above about 1.5e-6 times the norm of a row. At t =
+1 the weights are on the nearest rows and the velocity is singular: for an `x_t` that is a row it is
+`a'_t m`, without the noise direction, otherwise the distance to the nearest row over that least
+`s_t`. Stop at 0.999.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class GaussianAttention(nn.Module):
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise import GaussianAttention, LatentBank, Oracle
         >>> support = torch.randn(50, 16, requires_grad=True)
         >>> xt, t = torch.randn(8, 16), torch.rand(8)
         >>> head = GaussianAttention()

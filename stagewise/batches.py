@@ -163,6 +163,7 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
 
     Example:
         >>> import torch
+        >>> from stagewise import find_sample
         >>> x1, labels = find_sample({"image": torch.randn(4, 3, 8, 8), "label": torch.arange(4)})
         >>> x1.shape, labels.tolist()
         (torch.Size([4, 3, 8, 8]), [0, 1, 2, 3])

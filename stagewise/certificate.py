@@ -57,7 +57,7 @@ class Certificate:
 
     Example:
         >>> import torch
-        >>> from stagewise import LinearPath
+        >>> from stagewise import Certificate, LatentBank, LinearPath
         >>> bank = LatentBank(torch.randn(200, 64))
         >>> certificate = Certificate.compute(bank, progress=False)
         >>> t = torch.tensor([0.1, 0.9], dtype=torch.float64)

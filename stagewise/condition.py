@@ -147,6 +147,7 @@ class ConditionedOracle(Oracle):
 
     Example:
         >>> import torch
+        >>> from stagewise import Condition, ConditionedOracle, LatentBank
         >>> x, c = torch.randn(200, 16), torch.randn(200, 3)
         >>> oracle = ConditionedOracle(LatentBank(x, conditions=c), None, Condition(bandwidth=0.5))
         >>> xt, t = torch.randn(8, 16), torch.rand(8)

@@ -159,7 +159,7 @@ def forecast_targets(
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank
+        >>> from stagewise import LatentBank, Oracle, forecast_targets
         >>> x, net = torch.randn(32, 4), torch.nn.Linear(4, 4)
         >>> batches = [(part, None) for part in x.split(8)]
         >>> found = forecast_targets(lambda xt, t, _: net(xt), net, Oracle(LatentBank(x)), batches)

@@ -216,6 +216,7 @@ class OnsetLaw:
         onsets: From the number of rows N of a run to the step of its onset, above 0; at least one.
 
     Example:
+        >>> from stagewise.learning_events import OnsetLaw
         >>> law = OnsetLaw({64: 400, 128: 900})
         >>> law, round(law(256))
         (3.08 N^1.17, 2025)

@@ -11,9 +11,9 @@ prediction type it gives the oracle's target. Where the posterior has collapsed 
 exactly 0, while the textbook form divides rounding errors by `s_t`.
 
 **The data end.** At t = 1 (s_t = 0) the weights are the limit t -> 1: all mass on the rows nearest
-to `x_t / a_t`. The oracle is evaluated at `max(s_t, floor)`, with a floor of about 1.5e-6 times the
-norm of a row (`Engine.sigma_floor`); for a query made from a row the correction there is 0. At
-t = 1 `velocity` has lost the noise direction and returns `a'_t m`, if `s'_t` is finite.
+to `x_t / a_t`. The oracle is evaluated at an `s_t` of at least 1.5e-6 times the norm of a row,
+about (`Engine.sigma_floor`); for a query made from a row the correction there is 0. At t = 1
+`velocity` has lost the noise direction and returns `a'_t m`, if `s'_t` is finite.
 
 **Not valid** under couplings that make `x_0` and `x_1` dependent (minibatch OT, SD-FM,
 Schroedinger bridges): the posterior above assumes independence.
@@ -83,6 +83,7 @@ class Oracle:
 
     Example:
         >>> import torch
+        >>> from stagewise import LatentBank, LinearPath, Oracle
         >>> bank = LatentBank(torch.randn(1000, 16))
         >>> oracle = Oracle(bank, LinearPath())
         >>> x0, x1, t = torch.randn(8, 16), bank.rows[:8], torch.rand(8)

@@ -117,6 +117,7 @@ class LinearPath(Path):
 
     Example:
         >>> import torch
+        >>> from stagewise import LinearPath
         >>> x0, x1, t = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0.0, 0.25])
         >>> LinearPath().interpolate(x0, x1, t)[:, 0].tolist()
         [0.0, 0.25]

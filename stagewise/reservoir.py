@@ -39,7 +39,7 @@ class Reservoir(LatentBank):
 
     Example:
         >>> import torch
-        >>> from stagewise import Mix, Oracle, Scheme
+        >>> from stagewise import Mix, Oracle, Reservoir, Scheme
         >>> reservoir = Reservoir(512)
         >>> scheme = Scheme(Oracle(reservoir), target=Mix())
         >>> for _ in range(3):

@@ -83,6 +83,7 @@ def model_velocity(
 
     Example:
         >>> import torch
+        >>> from stagewise.sampling import model_velocity
         >>> edm = model_velocity(lambda xt, sigma: torch.zeros_like(xt), convention="edm")
         >>> edm(torch.randn(4, 8), torch.full((4,), 0.5)).shape
         torch.Size([4, 8])
@@ -131,6 +132,7 @@ def time_grid(
         ValueError: On numbers out of range.
 
     Example:
+        >>> from stagewise.sampling import time_grid
         >>> time_grid(4).tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0]
     """
@@ -179,6 +181,7 @@ def guided(
 
     Example:
         >>> import torch
+        >>> from stagewise.sampling import guided
         >>> u = guided(lambda x, t: x, lambda x, t: 0 * x, scale=2.0, interval=(0.3, 0.6))
         >>> [float(u(torch.ones(1, 1), torch.tensor([t]))) for t in (0.1, 0.5)]
         [1.0, 2.0]
@@ -254,6 +257,7 @@ def sample(
     Example:
         >>> import torch
         >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise.sampling import sample
         >>> oracle = Oracle(LatentBank(torch.randn(100, 8)))  # the ideal model of these rows
         >>> sample(oracle.velocity, torch.randn(4, 8), steps=10).shape
         torch.Size([4, 8])

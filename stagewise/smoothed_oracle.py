@@ -1,11 +1,11 @@
 r"""The exact oracle of a smoothed set: a mixture of N Gaussians in place of N rows.
 
-With the path's a and s, `v = s^2 + a^2 h^2`, `r_i = x_t - a x_i`, `p_i = A_i r_i` (K numbers),
+With the path's a and s, `v = s^2 + a^2 f^2`, `r_i = x_t - a x_i`, `p_i = A_i r_i` (K numbers),
 `G_i = A_i A_i^T` and `M_i = I + (a^2/v) G_i`, the log-weight of row i and the mean of its Gaussian
 given x_t are (Woodbury's identity)
 
     l_i = -1/2 [ |r_i|^2 / v - (a^2/v^2) p_i^T M_i^-1 p_i + log det M_i + D log(v / s^2) ],
-    E[x~_1 | x_t, i] = (s^2/v) x_i + (a h^2/v) x_t + (a s^2/v^2) A_i^T M_i^-1 p_i.
+    E[x~_1 | x_t, i] = (s^2/v) x_i + (a f^2/v) x_t + (a s^2/v^2) A_i^T M_i^-1 p_i.
 
 `G_i = U_i diag(lambda_i) U_i^T` is diagonalised once; then M_i is diagonal. **One product for the
 weights**: with `W_i = U_i^T g / sqrt K` and the products `P = (x_i - c) . (x_t - a c)` of all rows
@@ -18,7 +18,7 @@ that is, `W'_i = [W_i, -W_i 1, -b_i]` (stored) times the products of K + 1 rows,
 **One product for the mean**: `A_i^T M_i^-1 p_i` is a combination of rows, so the weights of the
 rows and those of their neighbours are added up first.
 
-`g = h = 0` is the plain oracle, and `log_evidence` means what it does there. Near t = 1 the
+`g = f = 0` is the plain oracle, and `log_evidence` means what it does there. Near t = 1 the
 posterior need not collapse on a row: Gaussians overlap. All is computed in float64, but for queries
 at whose time nothing is smoothed: on a CPU the plain engine answers those.
 """
@@ -78,7 +78,7 @@ class SmoothedOracle(Oracle):
     that must agree to the last bit there call `torch.use_deterministic_algorithms(True)`.
 
     Exact for samples drawn around the rows themselves. Where the VAE draws latents around theirs,
-    it does not know that spread: give the smoothing a floor of about its size.
+    it does not know that spread: give the smoothing an isotropic floor of about its size.
 
     Args:
         bank: The rows.
@@ -94,7 +94,7 @@ class SmoothedOracle(Oracle):
 
     Example:
         >>> import torch
-        >>> from stagewise import LinearPath
+        >>> from stagewise import LatentBank, LinearPath, SmoothedOracle, Smoothing
         >>> bank = LatentBank(torch.randn(200, 16))
         >>> smoothing = Smoothing(bank, progress=False)
         >>> oracle = SmoothedOracle(bank, LinearPath(), smoothing)
@@ -289,7 +289,7 @@ class _Solve:
         path, device = queries.path, queries.xt.device
         self.alpha = path.alpha
         self.variance = path.sigma.square()
-        # g^2 and h^2 as multiples of those of the smoothing, and as they are.
+        # g^2 and f^2 as multiples of those of the smoothing, and as they are.
         share = path.share if isinstance(path, _Timed) else torch.ones_like(self.alpha)
         self.width = share.square()
         self.floor = self.width * floor**2

@@ -17,8 +17,8 @@ left out, u* the exact oracle of the smoothed set. This alone, like the likeliho
 width than the data have.
 
 For each number of neighbours the scale is the largest whose samples are no farther from held-out
-rows than the rows are; of these the one with the best field is taken. There is no floor among the
-settings: it stays in the samples as noise, and beside many neighbours it gained nothing.
+rows than the rows are; of these the one with the best field is taken. The isotropic floor is not
+among the settings: it stays in the samples as noise, and beside many neighbours it gained nothing.
 """
 
 from __future__ import annotations

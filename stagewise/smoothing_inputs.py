@@ -191,7 +191,8 @@ def tell_of_neighbours(bank: LatentBank, index: Tensor, class_wise: bool) -> Non
         if class_wise and len(bank.classes) > 1:
             why = "no class has rows that differ (class_wise=False searches among all rows)"
         warnings.warn(
-            f"stagewise: no row has a neighbour, since {why}: only a floor moves samples.",
+            f"stagewise: no row has a neighbour, since {why}: only an isotropic floor "
+            "moves samples.",
             stacklevel=3,
         )
 

@@ -65,6 +65,7 @@ class StageTarget(nn.Module):
 
     Example:
         >>> import torch
+        >>> from stagewise import StageTarget
         >>> target = StageTarget()
         >>> x0, x1, t = torch.randn(8, 16), torch.randn(8, 16), torch.rand(8, 1)
         >>> u, w = target(x1 - x0, xt=t * x1 + (1 - t) * x0, t=t, x1=x1)

@@ -105,7 +105,7 @@ class StageCurve:
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise import LatentBank, Oracle, StageCurve
         >>> curve = StageCurve.measure(Oracle(LatentBank(torch.randn(300, 32))))
         >>> curve.mean("top1").shape  # one for each stratum
         torch.Size([24])

@@ -118,7 +118,7 @@ class Mix(Target):
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank, Oracle, Scheme
+        >>> from stagewise import LatentBank, Mix, Oracle, Scheme
         >>> x1 = torch.randn(64, 8)
         >>> scheme = Scheme(Oracle(LatentBank(x1)), target=Mix("boundary"), boundary=0.3)
         >>> x0, t = torch.randn_like(x1), torch.rand(64)

@@ -99,6 +99,7 @@ class MinSNR(_OfData):
 
     Example:
         >>> import torch
+        >>> from stagewise import MinSNR
         >>> MinSNR(5.0)(torch.tensor([0.1, 0.5, 0.9])).shape
         torch.Size([3])
     """
@@ -219,6 +220,7 @@ class StageGate(_OfStages):
 
     Example:
         >>> import torch
+        >>> from stagewise import StageGate
         >>> StageGate(0.3)(torch.tensor([0.1, 0.9])).tolist()
         [0.0, 1.0]
     """
@@ -263,6 +265,7 @@ class StageFactors(_OfStages):
 
     Example:
         >>> import torch
+        >>> from stagewise import StageFactors
         >>> factors = StageFactors(navigation=1.0, refinement=0.5, boundary=0.3)
         >>> factors(torch.tensor([0.1, 0.9])).tolist()
         [1.0, 0.5]

@@ -31,7 +31,8 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_docstrings(name):
     torch.manual_seed(0)
-    failed, tried = doctest.testmod(importlib.import_module(name))
+    # Of an empty namespace, so that each example runs as it is pasted.
+    failed, tried = doctest.testmod(importlib.import_module(name), globs={})
     assert tried > 0
     assert failed == 0
 

@@ -76,3 +76,29 @@ def test_how_much_a_picture_rests_on_is_said_as_far_as_it_is_known():
     assert said == "N = 1 281 167 rows, n = 32 noisy samples in each of 24 bins of t"
     assert drawing.counted(None, 32, 24).startswith("n = 32")
     assert drawing.counted(10, None, 24) == "N = 10 rows"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ((0.41, 0.93), ["0.5", "0.6", "0.7", "0.8", "0.9"]),
+        ((0.9, 7), ["1", "2", "5"]),
+        ((0.68, 1.35), ["0.7", "0.8", "0.9", "1", "1.2"]),
+        ((1, 1200), ["1", "10", "100", "1 000"]),
+        ((0.412, 0.438), None),
+        ((1e-9, 1e9), None),
+    ],
+)
+def test_a_logarithmic_axis_of_any_length_has_labels(limits, expected):
+    figure = drawing.new_figure()
+    axes = figure.add_subplot(yscale="log", xscale="log")
+    axes.set(xlim=limits, ylim=limits)
+    for axis in (axes.xaxis, axes.yaxis):
+        drawing.log_ticks(axis)
+    drawing.render(figure)
+    for axis in (axes.xaxis, axes.yaxis):
+        at = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+        shown = [text.get_text() for tick, text in at if limits[0] <= tick <= limits[1]]
+        assert shown == (expected or shown)
+        assert 3 <= len(set(shown)) == len(shown) <= 9
+        assert not any(text.get_text() for text in axis.get_minorticklabels())

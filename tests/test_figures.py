@@ -131,6 +131,16 @@ def test_a_gap_within_two_standard_errors_is_grey_and_does_not_stretch_the_colou
     assert np.isnan(grey[2, 1])
 
 
+def test_a_column_of_a_heat_map_is_around_its_probe_and_ends_with_the_training():
+    assert figures.step_columns([0, 30, 60]).tolist() == [0, 15, 45, 60]
+    assert figures.step_columns([7]).tolist() == [6.5, 7.5]
+    figure = figures.heatmap_figure([0, 30, 60], np.array(EVEN), np.ones((3, 8)), [0.4, 0.5, 0.4])
+    axes = figure.axes[0]
+    assert axes.get_xlim() == (0, 60)
+    assert axes.get_lines()[0].get_xdata().tolist() == [0, 30, 60]
+    assert all_pictures(EVEN)["heatmap"].axes[0].get_xlim() == (1, 100)
+
+
 def test_a_picture_of_noise_alone_is_grey():
     probes = [probe(step) | {"gap_se": [1.0] * 8} for step in (1, 10)]
     figure = pictures.gap_heatmap(EVEN, probes, BOUNDARY)
@@ -202,6 +212,19 @@ def test_every_axis_of_t_has_one_scale_and_says_which_end_is_noise(every_figure)
         for axis, scale in scales:
             assert scale == "logit", name
             assert "0 = noise" in axis.get_label_text(), name
+
+
+def test_every_logarithmic_axis_has_three_labels_or_more(every_figure):
+    seen = 0
+    for name, (figure, _) in every_figure.items():
+        for axes in figure.axes:
+            for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+                if axis.get_scale() == "log":
+                    at = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+                    shown = {text.get_text() for tick, text in at if low <= tick <= high}
+                    assert len(shown - {""}) >= 3, f"{name}: {shown}"
+                    seen += 1
+    assert seen > 5
 
 
 def test_no_legend_covers_anything(every_figure):

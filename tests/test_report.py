@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from stagewise.recipes import report as page
-from stagewise.recipes import report_compare, report_html, report_sections
+from stagewise.recipes import report_compare, report_figures, report_html, report_sections
 from stagewise.recipes.report import compare, report
-from stagewise.recipes.report_facts import Facts
+from stagewise.recipes.report_facts import Facts, even
 from stagewise.recipes.report_verdict import advice, verdict
 from stagewise.recipes.run_files import read_run
 
@@ -172,7 +172,7 @@ def test_a_page_says_what_the_run_found(run):
         "navigation learned",
         "flat at <0.1>",
         "321",
-        "16 of 64 samples are copies (95 % exact interval 0.1 to 0.4)",
+        "16 of 64 samples are copies (95 % exact interval 0.100 to 0.400)",
         "Looked for and not found up to step 500: memorization onset.",
         "Could not be found in this run: boundary moved (lacks a bank)",
         "name: <script>alert(1)</script>",
@@ -225,6 +225,93 @@ def test_a_run_with_one_monitor_says_what_others_would_give(run, kept):
     if kept != "transitions":
         assert "These files do not tell whether navigation was learned" in found.text
         assert "not found" not in found.text
+
+
+# -- what it was trained on ----------------------------------------------------------------------
+
+CONFIG = """
+scheme: {target: {_target_: stagewise.Mix, lam: boundary}}
+engine: {_target_: stagewise.Auto}
+callbacks:
+  errors: {_target_: stagewise.callbacks.VelocityErrorMonitor, queries: 32}
+  memorization: {samples: 64}
+lr: 0.001
+"""
+
+
+def test_older_files_do_not_tell_what_a_run_was_trained_on(run):
+    assert "Trained onnot recorded" in read(report(run)).text
+    write(run / "scheme", {"event": "scheme"})
+    text = read(report(run)).text
+    assert "Trained onsteered by StageScheme; how is not recorded" in text
+    measured_by = text[text.index("Measured by") : text.index("How to read")]
+    assert "MemorizationMonitor" in measured_by
+    assert "StageScheme" not in measured_by
+
+
+@pytest.mark.parametrize("place", ["scheme", "errors"])
+def test_what_steers_a_run_is_what_its_files_say(run, place):
+    words = "the oracle's target up to t = 0.380, the plain target after it"
+    header, *others = events_of(run, "errors")
+    if place == "errors":
+        write(run / "errors", header | {"trained_on": words, "steered": True}, *others)
+    else:
+        write(run / "scheme", {"event": "scheme", "trained_on": words})
+    facts = Facts(read_run(run))
+    assert facts.steered
+    assert f"Trained on{words}" in read(report(run)).text
+    write(run / "errors", header | {"trained_on": "the plain target", "steered": False}, *others)
+    shutil.rmtree(run / "scheme", ignore_errors=True)
+    assert not Facts(read_run(run)).steered
+    assert "Trained onthe plain target" in read(report(run)).text
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_settings_that_no_callback_used_are_left_out(run, steered):
+    steer = "  steer: {_target_: stagewise.callbacks.StageScheme}\n" * steered
+    (run / "config.yaml").write_text(CONFIG.replace("  memorization", steer + "  memorization"))
+    text = read(report(run)).text
+    shown = text[text.index("Settings") :]
+    assert ("stagewise.Mix" in shown) is steered
+    assert ("stagewise.Auto" in shown) is steered
+    assert "lr: 0.001" in shown
+    assert "VelocityErrorMonitor" in shown
+    assert "samples: 64" not in shown  # a callback that was not chosen
+    assert ("scheme.target.lam" in Facts(read_run(run)).settings) is steered
+
+
+# -- numbers of a row and of a picture -----------------------------------------------------------
+
+
+def test_numbers_of_one_kind_have_the_same_digits():
+    assert even([0.999, 1.0, None]) == ["0.999", "1.000", "–"]
+    assert even([0.0928, 0.00685, 0.000251]) == ["0.0928", "0.0069", "0.0003"]
+    assert even([7.77, 118.0, float("nan")]) == ["7.8", "118.0", "–"]
+    assert even([0.0, 0.109]) == ["0.000", "0.109"]
+    assert even([0.0, 0.056], 2) == ["0.000", "0.056"]
+    assert even([12, 1234]) == ["12", "1\u202f234"]
+
+
+def test_stages_are_columns_with_even_digits(run):
+    header, *others = events_of(run, "errors")
+    last = probe(500)
+    whole = {"conditional": 0.4, "oracle": 0.1234, "floor": 0.3, "excess": 0.5}
+    found = {"navigation": 0.999, "transition": 1.0, "refinement": 0.5}
+    last["stages"]["train"] = {name: whole | {"cosine": x} for name, x in found.items()}
+    write(run / "errors", header, last)
+    text = read(report(run)).text
+    assert "navigationtransitionrefinement" in text
+    assert "cosine0.9991.0000.500" in text
+    assert "t0.000 to 0.4300.430 to 0.8000.800 to 1.000" in text
+
+
+def test_the_floor_reaches_the_axis_of_its_picture(run):
+    axes = report_figures.loss_by_step_figure(Facts(read_run(run))).axes[0]
+    floor = next(line for line in axes.get_lines() if "floor" in line.get_label())
+    low, high = axes.get_ylim()
+    filled = axes.collections[-1].get_datalim(axes.transData)
+    assert filled.y0 == pytest.approx(low)
+    assert low < floor.get_ydata()[0] < high
 
 
 def test_an_alarm_is_on_top(run):
@@ -476,7 +563,7 @@ def test_samples_that_could_not_be_compared_are_no_copies(run):
     header, last = events_of(run, "memory")
     broken = {"copies": [0.5, None], "low": [0.3, None], "high": [0.7, None], "not_finite": 70}
     write(run / "memory", header, last | broken)
-    assert "0.5 of the samples are copies (95 % exact interval 0.3 to" in verdict(
+    assert "0.5 of the samples are copies (95 % exact interval 0.300 to" in verdict(
         Facts(read_run(run))
     )
     text = read(report(run)).text
@@ -591,6 +678,23 @@ def test_the_run_that_is_ahead_is_named_where_all_have_held_out_samples_by_those
     text = read(compare(pair)).text
     assert "a run & more is ahead of large by 50 % in loss above the floor" in text
     assert "the sizes are not all different (1\u202f234\u202f567, 1\u202f234\u202f567)" in text
+
+
+def test_what_was_trained_on_and_which_pictures_lack_is_said_of_each(pair):
+    run, other = pair
+    header, *others = events_of(other, "errors")
+    write(
+        other / "errors", header | {"trained_on": "the oracle's target", "steered": True}, *others
+    )
+    shutil.copy(ROOT / "docs/images/samples.png", other / "samples.png")
+    found = read(compare(pair))
+    assert "trained on not recorded; measured" in found.text
+    assert "trained on the oracle's target; measured" in found.text
+    assert "There is no picture of samples in a run & more." in found.text
+    shutil.copy(ROOT / "docs/images/samples.png", run / "memory/samples.png")
+    text = read(compare(pair)).text
+    assert "a run & more: generated samples beside their nearest rows" in text
+    assert "no picture" not in text
 
 
 def test_three_sizes_show_whether_a_line_is_straight():

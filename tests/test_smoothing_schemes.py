@@ -268,7 +268,7 @@ def test_in_a_trainer(matched, make, make_trainer, make_loader, lightning_log, r
     make_trainer(*monitors, steers, max_steps=5).fit(module, loader)
     scheme = steers.scheme
     assert 0 < scheme.boundary < scheme.collapsed < 1
-    assert f"from t = {scheme.collapsed:.3f} on" in lightning_log.text
+    assert f"after t = {scheme.collapsed:.3f}" in lightning_log.text
     late = scheme.last.t >= scheme.collapsed
     assert torch.equal(scheme.last.smoothed > 0, late)
     kept = (scheme.drawn.x1 == scheme.drawn.before).all(1)

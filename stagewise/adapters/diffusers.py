@@ -69,6 +69,7 @@ def diffusers_target(
     Example:
         >>> import torch
         >>> from stagewise import Scheme
+        >>> from stagewise.adapters import diffusers_target
         >>> x, noise, sigmas = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4)
         >>> s = sigmas.reshape(-1, 1, 1, 1)
         >>> noisy = (1 - s) * x + s * noise

@@ -90,6 +90,7 @@ class LatentBank(RowStore):
 
     Example:
         >>> import torch
+        >>> from stagewise import LatentBank
         >>> bank = LatentBank(torch.randn(100, 4, 8, 8), labels=torch.arange(100) % 10)
         >>> len(bank), bank.dim, bank.shape, len(bank.classes)
         (100, 256, (4, 8, 8), 10)

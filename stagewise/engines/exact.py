@@ -96,6 +96,7 @@ class Exact(Engine):
     Example:
         >>> import torch
         >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise.engines import Exact
         >>> oracle = Oracle(LatentBank(torch.randn(100, 8)), engine=Exact())
         >>> oracle.posterior(torch.randn(4, 8), 0.5).tail_mass.tolist()
         [0.0, 0.0, 0.0, 0.0]

@@ -76,6 +76,7 @@ class Nearest(Truncated):
     Example:
         >>> import torch
         >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise.engines import Nearest
         >>> oracle = Oracle(LatentBank(torch.randn(500, 8)), engine=Nearest(50, max_tail=1e-3))
         >>> bool(oracle.posterior(torch.randn(4, 8), 0.5).tail_mass.max() <= 1e-3)
         True

@@ -83,6 +83,7 @@ def shard_rows(num_rows: int, rank: int, world_size: int) -> slice:
         ValueError: For numbers out of range.
 
     Example:
+        >>> from stagewise.engines import shard_rows
         >>> [shard_rows(10, rank, 4) for rank in range(4)]
         [slice(0, 3, None), slice(3, 6, None), slice(6, 8, None), slice(8, 10, None)]
     """
@@ -105,6 +106,7 @@ class EmptyShard(LatentBank):
 
     Example:
         >>> import torch
+        >>> from stagewise.engines import EmptyShard
         >>> len(EmptyShard((4, 8, 8), torch.bfloat16))
         0
     """
@@ -149,7 +151,8 @@ class Sharded(Engine):
 
     Example:
         >>> import torch
-        >>> from stagewise import Oracle
+        >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise.engines import Sharded, shard_rows
         >>> samples, rank, world_size = torch.randn(100, 8), 0, 1  # of torch.distributed
         >>> rows = shard_rows(len(samples), rank, world_size)
         >>> bank = LatentBank(samples[rows].clone())  # a view would keep all of them

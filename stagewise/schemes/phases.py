@@ -63,7 +63,7 @@ class Phases(Shared):
             conventions differ.
 
     Example:
-        >>> from stagewise import LogitNormal
+        >>> from stagewise import LogitNormal, Phase, Phases, Scheme
         >>> from stagewise.transitions import AtShare
         >>> phases = Phases([Phase(Scheme(timesteps=LogitNormal()), AtShare(0.6)), Phase(Scheme())])
         >>> phases.observe(step=60, total=100)

@@ -93,8 +93,8 @@ def check_density(sampler: TimestepSampler, weight: Callable[[Tensor], Tensor] |
     if len(missed):
         raise ValueError(
             "Expected draws wherever the loss counts (preserve_objective=True), but the density of "
-            f"{sampler!r} is 0 from t = {missed[0]:.3f} to {missed[-1]:.3f}. Give it a floor: "
-            "WithFloor(sampler, 0.1)."
+            f"{sampler!r} is 0 from t = {missed[0]:.3f} to {missed[-1]:.3f}. Give it uniform "
+            "draws: WithFloor(sampler, 0.1)."
         )
 
 

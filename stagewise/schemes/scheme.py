@@ -90,7 +90,7 @@ class Scheme(SchemeState):
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank, Mix, Oracle
+        >>> from stagewise import LatentBank, Mix, Oracle, Scheme
         >>> x1 = torch.randn(8, 16)
         >>> scheme = Scheme(Oracle(LatentBank(x1)), target=Mix("boundary"), boundary=0.4)
         >>> t, x0 = scheme.timesteps.sample(8), torch.randn(8, 16)

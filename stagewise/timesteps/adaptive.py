@@ -3,14 +3,14 @@ r"""Times drawn where the loss is large.
 The importance weights `1 / q` have the least variance if `q(t)` goes as the root of the loss's
 second moment at t (Nichol & Dhariwal, arXiv 2102.09672, Sec. 3.3). It is estimated in bins,
 
-    q_b = (1 - floor) sqrt(mean L_b^2) / sum_c sqrt(mean L_c^2) + floor / bins,
+    q_b = (1 - e) sqrt(mean L_b^2) / sum_c sqrt(mean L_c^2) + e / bins,
 
 from the last losses in each; draws are uniform until every bin has enough of them.
 
 A model can still learn at t what its loss J(t) has above the floor J*(t) (`stages.loss_floor`).
 Draws by that (Xu et al., arXiv 2506.13763) are
 
-    q_b = (1 - floor) w_b max(J_b - J*_b, 0) / sum_c w_c max(J_c - J*_c, 0) + floor / bins.
+    q_b = (1 - e) w_b max(J_b - J*_b, 0) / sum_c w_c max(J_c - J*_c, 0) + e / bins.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LossSecondMoment(TimestepSampler):
     Args:
         bins: Equal bins of t, default 64. (The paper has a thousand discrete times.)
         history: Losses kept for each, default 10, that of the paper.
-        floor: Share of uniform draws, default 0.001, that of the paper.
+        floor: The uniform share: that of uniform draws, default 0.001, as in the paper.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class LossAboveFloor(LossSecondMoment):
             Default all ones.
         bins: Equal bins of t, default 32.
         history: Losses kept for each, default 100: a difference needs more than a moment.
-        floor: Share of uniform draws, default 0.1.
+        floor: The uniform share: that of uniform draws, default 0.1.
 
     Raises:
         TypeError: If `curve` is not a `StageCurve`.

@@ -1,4 +1,4 @@
-"""Samplers made of others: shifted, with a floor, and by stage."""
+"""Samplers made of others: shifted, with a uniform share, and by stage."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Shifted(_Around):
         shift: s, above 0.
 
     Example:
-        >>> from stagewise import Uniform
+        >>> from stagewise import Shifted, Uniform
         >>> t = Shifted(Uniform(), 0.5).sample(10_000)
         >>> 0.31 < t.mean() < 0.45  # more near noise
         tensor(True)
@@ -129,6 +129,7 @@ class StageAware(TimestepSampler):
         boundary: Where the stages meet, between 0 and 1; default that of the scheme.
 
     Example:
+        >>> from stagewise import StageAware
         >>> t = StageAware(0.3, boundary=0.1).sample(10_000)
         >>> 0.28 < (t < 0.1).float().mean() < 0.32
         tensor(True)

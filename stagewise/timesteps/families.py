@@ -30,6 +30,7 @@ class LogitNormal(TimestepSampler):
         std: Standard deviation of the logit, default 1.
 
     Example:
+        >>> from stagewise import LogitNormal
         >>> LogitNormal().sample(256).shape
         torch.Size([256])
     """

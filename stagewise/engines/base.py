@@ -20,6 +20,8 @@ NOTHING = 1e-12
 LOGIT_ERROR = 1e-4
 """The largest error of a logit by rounding."""
 
+_LEAST = 1e-15
+"""The least noise level, for a bank of equal rows: `1 / sigma^2` must be a number in float32."""
 
 _LOST = 2.0**-43
 """A share of the distance to a query below which float64 does not tell two rows apart."""
@@ -92,5 +94,4 @@ class Engine(ABC):
         The oracle is evaluated at no lower one. In the units of the bank.
         """
         eps = torch.finfo(torch.float64).eps
-        product = max(bank.radius * bank.max_norm, torch.finfo(torch.float32).tiny)
-        return math.sqrt(product * eps / LOGIT_ERROR)
+        return max(_LEAST, math.sqrt(bank.radius * bank.max_norm * eps / LOGIT_ERROR))

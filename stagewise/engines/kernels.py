@@ -20,7 +20,7 @@ try:
 except ImportError:  # a build of torch without it
     triton = tl = None
 
-__all__ = ["kernel", "launch", "missing", "part_of", "shape_of"]
+__all__ = ["KernelError", "kernel", "launch", "missing", "part_of", "shape_of"]
 
 _OLDEST = (3, 0)
 
@@ -32,6 +32,13 @@ _PART = 1024
 """Numbers of a sample that a program holds in registers if it needs several vectors of them."""
 
 _KERNELS: dict[str, Any] = {}
+
+# These are errors of the device, not of a kernel.
+_OF_DEVICE = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
+class KernelError(RuntimeError):
+    """A kernel does not compile, or does not start, with this card and these packages."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -269,7 +276,21 @@ def launch(
     The arguments of the kernel are `read` tensors, `written` tensors (which it may also read), all
     contiguous, `numbers` and `values`, in this order.
     """
-    _KERNELS[name][tuple(grid)](*read, *written, *numbers, *(values or ()), num_warps=warps)
+    tensors = (*read, *written)
+    # Triton starts kernels on the current device, which may be another one.
+    with torch.cuda.device_of(tensors[0]):
+        try:
+            _KERNELS[name][tuple(grid)](*tensors, *numbers, *(values or ()), num_warps=warps)
+        except _OF_DEVICE:
+            raise
+        except Exception as error:  # of several kinds, by version
+            if len(devices := {str(tensor.device) for tensor in tensors}) > 1:
+                given = " and ".join(sorted(devices))
+                raise ValueError(
+                    f"Expected all tensors of a call on one device, got {given}."
+                ) from error
+            reason = str(error).strip().split("\n")[0]
+            raise KernelError(f"{type(error).__name__}: {reason}") from error
 
 
 @launch.register_fake

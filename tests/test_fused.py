@@ -12,7 +12,18 @@ from random import Random
 import pytest
 import torch
 
-from stagewise import CosinePath, EDMPath, LatentBank, LinearPath, Mix, Oracle, VPPath, products
+from stagewise import (
+    CosinePath,
+    EDMPath,
+    LatentBank,
+    LinearPath,
+    Mix,
+    Oracle,
+    ReferenceSet,
+    Scheme,
+    VPPath,
+    products,
+)
 from stagewise.engines import Exact, all_rows, fused, fused_path, kernels
 from stagewise.paths import Prediction
 from stagewise.schemes import correction
@@ -257,6 +268,26 @@ def test_a_kernel_that_does_not_compile_is_told_once_and_products_answer():
     assert len(said) == 1
     for mean in found:
         torch.testing.assert_close(mean, reference.posterior(xt, t).mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("a_card")
+@pytest.mark.parametrize("target", [Mix("boundary"), ReferenceSet(4)], ids=repr)
+@pytest.mark.parametrize("class_wise", [True, False])
+def test_a_step_without_kernels_is_told_once_and_right(monkeypatch, target, class_wise):
+    labels, x0 = torch.arange(40) // 10, torch.randn(8, 6)
+    oracle = Oracle(LatentBank(torch.randn(40, 6), labels), engine=Exact())
+    x1, t = oracle.bank.take(torch.arange(0, 40, 5)).float(), torch.linspace(0.05, 0.9, 8)
+    given = {"xt": LinearPath().interpolate(x0, x1, t), "t": t, "x1": x1, "labels": labels[::5]}
+
+    def step():
+        scheme = Scheme(oracle, target=target, boundary=0.4, class_wise=class_wise)
+        return scheme(x1 - x0, **given)[0]
+
+    with pytest.warns(UserWarning, match="products are used instead") as said:
+        found = step()
+    assert len(said) == 1
+    monkeypatch.undo()
+    assert torch.equal(found, step())
 
 
 @pytest.mark.usefixtures("a_card")

@@ -197,7 +197,9 @@ def _say(reason: str) -> None:
 
 
 def runs(answer: Any, *args: Any) -> Any:
-    """The result of a function of kernels; None, after a warning, if they do not run here."""
+    """The result of a function of kernels; None, after one warning, if they do not run here."""
+    if _said:
+        return None
     try:
         return answer(*args)
     except KernelError as error:

@@ -109,6 +109,16 @@ def corners():
                 torch.testing.assert_close(post.ess, torch.full_like(t, 40.0))
                 torch.testing.assert_close(post.weights, torch.full((4, 2), 1 / 40).double())
     exact, generator = Exact("float64"), torch.Generator().manual_seed(0)
+    bank, t = LatentBank(torch.randn(40, 3, generator=generator)), torch.tensor([0.5, 0.99, 0.0])
+    for away in (1e11, 1e15):  # where float64 tells rows apart, and where it does not
+        queries = Oracle(bank, engine=exact).queries(torch.full((3, 3), away), t)
+        expected = exact.posterior(bank, queries).mean
+        assert torch.equal(expected.isnan().all(1), (t > 0) & (away > 1e12))
+        for post in (
+            fused.posterior(bank, queries, 1, 40),
+            all_rows.posterior(bank, queries, 1, 1e-4),
+        ):
+            torch.testing.assert_close(post.mean, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
     for dim, spread in product((2, 17), (0.0, 1e-5)):
         x = torch.randn(107, dim, generator=generator)
         x[20:60] = x[20] + spread * torch.randn(40, dim, generator=generator)
@@ -204,7 +214,10 @@ def test_what_a_kernel_reads_counts_as_untouched():
 
 
 AROUND = {  # what is no pointer to float64, and what is fixed
-    "prepare": ({"query": "*fp32", "origin": "*fp32"}, {"dim": 4096, "block": 4096}),
+    "prepare": (
+        dict.fromkeys(("query", "origin"), "*fp32") | dict.fromkeys(("far", "slight"), "fp32"),
+        {"dim": 4096, "block": 4096},
+    ),
     "merge": (
         {"sums": "*fp32", "best": "*i64", "pulls": "*fp32", "rows": "*i64", "order": "*i32"}
         | dict.fromkeys(("queries", "parts", "dim"), "i32"),

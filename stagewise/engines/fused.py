@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
+from stagewise.engines.base import LOGIT_ERROR, LOST
 from stagewise.engines.kernels import KernelError, launch, missing, shape_of
 from stagewise.posterior import Posterior
 from stagewise.queries import Queries
@@ -88,7 +89,8 @@ class Around:
         given = (queries.xt, self.near, bank.offset.to(near.device), *queries.path[:2])
         made = [self.query, self.origin, self.factors]
         read = [x.contiguous() for x in given]
-        launch("prepare", [count], read, made, [dim, self.block], self.warps)
+        values = [bank.radius / LOST, bank.radius * LOST / LOGIT_ERROR]
+        launch("prepare", [count], read, made, [dim, self.block], self.warps, values)
 
     def parts(
         self,

@@ -475,7 +475,9 @@ def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
     """A kernel reads memory as it lies: an expanded time must not reach it."""
     oracle, batch, labels = on_cuda
     t = torch.rand((), dtype=torch.float64, device="cuda").expand(8)
-    queries = oracle.queries(batch["xt"], t, labels)
+    oracle.queries(batch["xt"], t, labels)  # to the path's kernel too
+    of_another_library = type("Other", (LinearPath,), {})()
+    queries = stagewise.Oracle(oracle.bank, of_another_library).queries(batch["xt"], t, labels)
     assert queries.path.alpha.stride() == (0,)
     fused.posterior(oracle.bank, queries, 1, 12)  # where it is launched, each tensor is looked at
     with pytest.raises(AssertionError, match="prepare"):

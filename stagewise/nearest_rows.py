@@ -57,7 +57,7 @@ class Search:
             self.slack += 8 * sum(rounding(self.dtype, bank.dim, truncates=True))
         shift = (bank.centre - bank.offset).to(device)
         # In a product, rows far from 0 would lose their differences.
-        self.shift = shift.to(self.dtype) if bank.off_centre > bank.radius else None
+        self.shift = shift.to(self.exact) if bank.off_centre > bank.radius else None
         self.norms: Tensor | None = None  # known after the first pass
 
     def __len__(self) -> int:

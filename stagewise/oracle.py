@@ -35,6 +35,7 @@ from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path
 from stagewise.engines import Auto, Engine, fused
 from stagewise.engines.fused_lookup import ends_of
 from stagewise.engines.fused_mix import scaled
+from stagewise.engines.fused_path import coefficients
 from stagewise.masks import as_asked, cut, fitted, masked
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, replace_queries
@@ -188,7 +189,8 @@ class Oracle:
     def coefficients(self, xt: Tensor, t: Tensor) -> tuple[Tensor, PathCoefficients]:
         """Noisy samples, (B, D), and the path at their times, (B,), float64, sigma floored."""
         flat = xt.detach().flatten(1).double()
-        return flat, self.path(t.detach().to(flat)).floored(self.engine.sigma_floor(self.bank))
+        least = self.engine.sigma_floor(self.bank)
+        return flat, coefficients(self.bank, self.path, t, flat.device, least)
 
     def reads_on_device(self, labels: Tensor | None, xt: Tensor) -> bool:
         """Whether labels stay on the device, which saves a sync."""

@@ -179,6 +179,19 @@ def test_distances_are_tight_lower_bounds(rows, class_wise, dtype):
     assert all(len(set(row.tolist()) - {-1}) == (row >= 0).sum() for row in neighbours)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bounds_hold_for_products_of_16_bit_rows_far_from_0(dtype, monkeypatch):
+    """As an accelerator multiplies them: rows less their mean are not rounded again."""
+    monkeypatch.setattr(search_module, "working_dtype", lambda dtype, device: dtype)
+    x = torch.randn(400, 64, generator=draws()) + 0.3
+    x[:, :4] += 200
+    bank = LatentBank(x, dtype=dtype, offset=torch.zeros(64))
+    assert bank.off_centre > bank.radius
+    true = all_distances(bank, False)[0].sort(1).values
+    bounds = rank_distances(bank, progress=False)[0].double()
+    assert (bounds <= true[:, 2 ** torch.arange(bounds.shape[1]) - 1]).all()
+
+
 @pytest.mark.parametrize("numbers", [1, 3000])
 def test_blocks_of_rows_and_of_columns_do_not_matter(numbers, monkeypatch):
     bank = LatentBank(near_duplicates(), labels_of(150))

@@ -7,12 +7,26 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import cycle, product
+from random import Random
 
 import pytest
 import torch
 
-from stagewise import LatentBank, Oracle, products
-from stagewise.engines import Exact, all_rows, fused, kernels
+from stagewise import (
+    CosinePath,
+    EDMPath,
+    LatentBank,
+    LinearPath,
+    Mix,
+    Oracle,
+    ReferenceSet,
+    Scheme,
+    VPPath,
+    products,
+)
+from stagewise.engines import Exact, all_rows, fused, fused_path, kernels
+from stagewise.paths import Prediction
+from stagewise.schemes import correction
 
 triton = pytest.importorskip("triton")
 
@@ -75,17 +89,82 @@ def errors(dim, dtype, way, turn):
     return found
 
 
-@pytest.fixture(scope="module", params=[DIMS[:2], pytest.param(DIMS[2:], marks=pytest.mark.slow)])
-def interpreted(request):
-    """`errors` with the kernels run on the CPU, which Triton must know before it is imported."""
+def corners():
+    """Banks whose rows are all equal, and more nearly equal rows than lead."""
+    t = torch.tensor([0.0, 0.5, 1.0, 1.0], dtype=torch.float64)
+    for size, dtype in product((0.7, 0.0), (torch.float32, torch.bfloat16)):
+        bank, row = LatentBank(torch.full((40, 3), size), dtype=dtype), torch.full((4, 3), size)
+        x1 = bank.take(torch.arange(4))
+        xt = t[:, None] * x1 + (1 - t[:, None]) * torch.randn(4, 3)
+        xt[3] += 1  # not from a row
+        queries = Oracle(bank).queries(xt, t)
+        for known in (x1, None):
+            asked = replace(queries, x1=known)
+            for post in (
+                fused.posterior(bank, asked, 2, 40),
+                all_rows.posterior(bank, asked, 2, 1e-4),
+            ):
+                torch.testing.assert_close(post.mean, bank.take(torch.arange(4)))
+                torch.testing.assert_close(post.mean.float(), row, rtol=1e-2, atol=1e-6)
+                torch.testing.assert_close(post.ess, torch.full_like(t, 40.0))
+                torch.testing.assert_close(post.weights, torch.full((4, 2), 1 / 40).double())
+    exact, generator = Exact("float64"), torch.Generator().manual_seed(0)
+    bank, t = LatentBank(torch.randn(40, 3, generator=generator)), torch.tensor([0.5, 0.99, 0.0])
+    for away in (1e11, 1e15):  # where float64 tells rows apart, and where it does not
+        queries = Oracle(bank, engine=exact).queries(torch.full((3, 3), away), t)
+        expected = exact.posterior(bank, queries).mean
+        assert torch.equal(expected.isnan().all(1), (t > 0) & (away > 1e12))
+        for post in (
+            fused.posterior(bank, queries, 1, 40),
+            all_rows.posterior(bank, queries, 1, 1e-4),
+        ):
+            torch.testing.assert_close(post.mean, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
+    for dim, spread in product((2, 17), (0.0, 1e-5)):
+        x = torch.randn(107, dim, generator=generator)
+        x[20:60] = x[20] + spread * torch.randn(40, dim, generator=generator)
+        bank = LatentBank(x)
+        x1 = bank.take(torch.arange(20, 32))
+        t = torch.tensor([1 - 1e-5, 1.0], dtype=torch.float64).repeat(6)
+        xt = t[:, None] * x1 + (1 - t[:, None]) * torch.randn(x1.shape, generator=generator)
+        queries = Oracle(bank, engine=exact).queries(xt, t)
+        expected, post = exact.posterior(bank, queries), all_rows.posterior(bank, queries, 1, 1e-4)
+        torch.testing.assert_close(post.mean, expected.mean, rtol=0, atol=1e-4 * spread + 1e-7)
+        torch.testing.assert_close(post.ess, expected.ess, rtol=1e-4, atol=0)
+
+
+def along_paths():
+    """The coefficients of each path, in one launch, to the last digits."""
+    t = torch.rand(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.cat([torch.tensor([0, 1, 1e-9, 1 - 1e-9, 1 - 1e-5]).double(), t])
+    paths = [LinearPath(), CosinePath(), VPPath(), VPPath(0.01, 2000), VPPath(1e-5, 1)]
+    for path in (*paths, EDMPath(), EDMPath(1e-4, 1, 3.5)):
+        for times in (t, t.float(), t[:1].bfloat16(), t[None].expand(2, -1).T[:, 0]):
+            settings = fused_path._settings(path)
+            found = fused_path._launched(times, settings, 1e-6)
+            expected = torch.stack([*path(times.double()).floored(1e-6)])
+            torch.testing.assert_close(found, expected, rtol=3e-13, atol=0)
+
+
+def by_interpreter(*arguments):
+    """What this file prints with the kernels run on the CPU, for which Triton asks at import."""
     run = subprocess.run(
-        [sys.executable, __file__, *map(str, request.param)],
+        [sys.executable, __file__, *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return run.stdout
+
+
+@pytest.fixture(scope="module", params=[DIMS[:2], pytest.param(DIMS[2:], marks=pytest.mark.slow)])
+def interpreted(request):
+    """`errors` of all cases."""
+    return json.loads(by_interpreter(*map(str, request.param)))
+
+
+def test_equal_rows_near_ones_and_paths():
+    by_interpreter("corners")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -135,7 +214,10 @@ def test_what_a_kernel_reads_counts_as_untouched():
 
 
 AROUND = {  # what is no pointer to float64, and what is fixed
-    "prepare": ({"query": "*fp32", "origin": "*fp32"}, {"dim": 4096, "block": 4096}),
+    "prepare": (
+        dict.fromkeys(("query", "origin"), "*fp32") | dict.fromkeys(("far", "slight"), "fp32"),
+        {"dim": 4096, "block": 4096},
+    ),
     "merge": (
         {"sums": "*fp32", "best": "*i64", "pulls": "*fp32", "rows": "*i64", "order": "*i32"}
         | dict.fromkeys(("queries", "parts", "dim"), "i32"),
@@ -159,6 +241,10 @@ AROUND = {  # what is no pointer to float64, and what is fixed
         | dict.fromkeys(("width", "parts", "dim", "listed"), "i32"),
         {"block": 512},
     ),
+    "along_path": (
+        {"count": "i32"} | dict.fromkeys(("least", "first", "second", "third"), "i64"),
+        {"kind": 1, "block": 256},
+    ),
     "scale": ({"value": "*fp32", "dim": "i32", "rounding": "fp32"}, {"block": 1024}),
     "judge": (
         {"peaks": "*fp32", "columns": "*i64", "order": "*i32"}
@@ -174,7 +260,7 @@ def test_the_others_compile(assembled, name, capability):
     kernel = kernels._KERNELS[name]
     kinds, fixed = AROUND[name]
     kinds = {each: "*fp64" for each in kernel.arg_names if each not in fixed} | kinds
-    assert assembled(kernel, kinds, fixed, capability, 8)[1] == ["0", "0"]
+    assert set(assembled(kernel, kinds, fixed, capability, 8)[1]) == {"0"}
 
 
 @pytest.fixture
@@ -197,6 +283,83 @@ def test_a_kernel_that_does_not_compile_is_told_once_and_products_answer():
         torch.testing.assert_close(mean, reference.posterior(xt, t).mean, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("a_card")
+@pytest.mark.parametrize("target", [Mix("boundary"), ReferenceSet(4)], ids=repr)
+@pytest.mark.parametrize("class_wise", [True, False])
+def test_a_step_without_kernels_is_told_once_and_right(monkeypatch, target, class_wise):
+    labels, x0 = torch.arange(40) // 10, torch.randn(8, 6)
+    oracle = Oracle(LatentBank(torch.randn(40, 6), labels), engine=Exact())
+    x1, t = oracle.bank.take(torch.arange(0, 40, 5)).float(), torch.linspace(0.05, 0.9, 8)
+    given = {"xt": LinearPath().interpolate(x0, x1, t), "t": t, "x1": x1, "labels": labels[::5]}
+
+    def step():
+        scheme = Scheme(oracle, target=target, boundary=0.4, class_wise=class_wise)
+        return scheme(x1 - x0, **given)[0]
+
+    with pytest.warns(UserWarning, match="products are used instead") as said:
+        found = step()
+    assert len(said) == 1
+    monkeypatch.undo()
+    assert torch.equal(found, step())
+
+
+@pytest.mark.usefixtures("a_card")
+@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, torch.OutOfMemoryError])
+def test_an_error_that_is_not_of_a_kernel_reaches_the_user(recwarn, kind):
+    """And kernels still answer the next call."""
+
+    def wrong():
+        raise kind("Expected something else.")
+
+    with pytest.raises(kind, match="something else"):
+        fused.runs(wrong)
+    assert not fused._said
+    assert not recwarn.list
+
+
+@pytest.mark.usefixtures("a_card")
+def test_a_class_wise_target_of_a_bank_without_classes_is_refused_and_no_more():
+    oracle, x = Oracle(LatentBank(torch.randn(40, 6))), torch.randn(4, 6)
+    given = {"prediction": Prediction("velocity"), "labels": None, "source": None, "only": None}
+    given |= {"class_wise": True, "named": False, "boundary": None, "dtype": torch.float64}
+    given |= {"on_missing": "insert", "draws": Random(0), "t": torch.rand(4)}
+    oracle.path = type("Other", (LinearPath,), {})()
+    with pytest.raises(ValueError, match="needs a bank with labels"):
+        correction.by_kernel(Mix(), oracle, xt=x, x1=x, **given)
+    assert not fused._said
+
+
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
+    """Not on the current one; and tensors on two devices are not taken for a broken kernel."""
+    entered, at = [], torch.cuda.device_of
+
+    def device_of(tensor):
+        entered.append(tensor)
+        return at(tensor)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def start(*arguments, num_warps):
+                entered.append("started")
+                raise failure
+
+            return start
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setitem(kernels._KERNELS, "broken", Kernel())
+    x, failure = torch.zeros(3), ValueError("Pointer argument cannot be accessed")
+    with pytest.raises(kernels.KernelError, match="ValueError: Pointer"):
+        kernels.launch("broken", [1], [x], [x.clone()], [])
+    assert entered[0] is x
+    assert entered[1:] == ["started"]
+    y = torch.zeros(3, device="meta")
+    with pytest.raises(ValueError, match="on one device, got cpu and meta"):
+        kernels.launch._init_fn("broken", [1], [x], [y], [])
+    failure = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.launch("broken", [1], [x], [x.clone()], [])
+
+
 @pytest.mark.parametrize(
     ("version", "reason"), [(None, "Triton is not installed"), ("2.1.0", "2.1.0 is too old")]
 )
@@ -216,6 +379,10 @@ def test_without_triton_it_is_said_once(monkeypatch, version, reason):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     all_rows.LEADING, products._LONG = 16, 32
+    if sys.argv[1:] == ["corners"]:
+        corners()
+        along_paths()
+        sys.exit()
     # Each pair of dimension, dtype and way once.
     dims, found = [int(dim) for dim in sys.argv[1:]], {}
     for turn, (i, j) in enumerate(product(range(len(DTYPES)), range(len(WAYS)))):

@@ -22,7 +22,7 @@ import torch
 
 from stagewise.bank import LatentBank
 from stagewise.engines import product_kernels  # noqa: F401 (makes its kernels known)
-from stagewise.engines.fused import MOST, Around, listing
+from stagewise.engines.fused import CHOSEN_PARTS, MOST, Around, listing
 from stagewise.engines.kernels import launch
 from stagewise.posterior import Posterior
 from stagewise.products import averages, full_precision, rounding, scores
@@ -36,6 +36,9 @@ LEADING = 512
 _LOGIT_BYTES = 2**32
 """Memory for logits, 4 bytes for each part of a query and row."""
 
+_PULL_BYTES = 2**30
+"""Memory for the partial sums of queries that are answered again."""
+
 _ROWS, _SUMMED = 1024, 4096
 """Rows per program, in kernels that write each row, and in kernels that sum rows."""
 
@@ -48,7 +51,8 @@ def posterior(bank: LatentBank, queries: Queries, k: int, rtol: float | None) ->
     The bank has more than `LEADING` + k rows, and `fused.serves` it. `rtol` is the largest
     `|dm| / |m - r|`, None for no check.
     """
-    step = min(MOST, max(1, _LOGIT_BYTES // (8 * len(bank))))
+    step = min(_LOGIT_BYTES // (8 * len(bank)), _PULL_BYTES // (4 * bank.dim * CHOSEN_PARTS))
+    step = min(MOST, max(1, step))
     with full_precision():
         return Posterior.cat([_posterior(bank, some, k, rtol) for some in queries.split(step)])
 

@@ -12,7 +12,7 @@ from stagewise.bank import LatentBank
 from stagewise.posterior import Posterior
 from stagewise.queries import Queries
 
-__all__ = ["LOGIT_ERROR", "NOTHING", "Engine", "lost"]
+__all__ = ["LOGIT_ERROR", "LOST", "NOTHING", "Engine", "lost"]
 
 NOTHING = 1e-12
 """A share of a posterior that is too small to change its mean."""
@@ -20,8 +20,10 @@ NOTHING = 1e-12
 LOGIT_ERROR = 1e-4
 """The largest error of a logit by rounding."""
 
+_LEAST = 1e-15
+"""The least noise level, for a bank of equal rows: `1 / sigma^2` must be a number in float32."""
 
-_LOST = 2.0**-43
+LOST = 2.0**-43
 """A share of the distance to a query below which float64 does not tell two rows apart."""
 
 
@@ -30,7 +32,7 @@ def lost(away: Tensor, spread: Tensor, sigma: Tensor) -> Tensor:
 
     Both are norms, of `x_t - a c` and `a (x - c)`. Their posterior is NaN, not that of some row.
     """
-    return (_LOST * away > spread) & (_LOST * spread * away / sigma.square() > LOGIT_ERROR)
+    return (LOST * away > spread) & (LOST * spread * away / sigma.square() > LOGIT_ERROR)
 
 
 class Engine(ABC):
@@ -92,5 +94,4 @@ class Engine(ABC):
         The oracle is evaluated at no lower one. In the units of the bank.
         """
         eps = torch.finfo(torch.float64).eps
-        product = max(bank.radius * bank.max_norm, torch.finfo(torch.float32).tiny)
-        return math.sqrt(product * eps / LOGIT_ERROR)
+        return max(_LEAST, math.sqrt(bank.radius * bank.max_norm * eps / LOGIT_ERROR))

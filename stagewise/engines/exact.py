@@ -152,7 +152,10 @@ class Exact(Engine):
         return Posterior.cat(parts, [*few, *many])
 
     def _of_width(self, bank: LatentBank, queries: Queries, k: int, width: int) -> Posterior:
-        if fused.by_rows(bank, len(queries), width) or len(bank) <= 2 * max(all_rows.LEADING, k):
+        few = fused.by_rows(bank, len(queries), width)
+        few |= len(bank) <= 2 * max(all_rows.LEADING, k)
+        # A card without products of 16-bit rows, or torch before 2.8.
+        if few or working_dtype(bank.dtype, queries.xt.device) != bank.dtype:
             return fused.posterior(bank, queries, k, width)
         rtol = self._rtol(bank.dtype) if self.precision == "auto" else None
         return all_rows.posterior(bank, queries, k, rtol)

@@ -27,18 +27,29 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
-from stagewise.engines.kernels import launch, missing, shape_of
+from stagewise.engines.base import LOGIT_ERROR, LOST
+from stagewise.engines.kernels import KernelError, launch, missing, shape_of
 from stagewise.posterior import Posterior
 from stagewise.queries import Queries
 
-__all__ = ["MOST", "Around", "Parts", "at_a_time", "by_rows", "posterior", "runs", "serves"]
+__all__ = [
+    "CHOSEN_PARTS",
+    "MOST",
+    "Around",
+    "Parts",
+    "at_a_time",
+    "by_rows",
+    "posterior",
+    "runs",
+    "serves",
+]
 
 _LARGEST_DIM = 2**13
 """Largest number of numbers in a sample: a program holds three such vectors in registers."""
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_SPLIT, _PARTS, _CHOSEN_PARTS, _SLOTS = 64, 512, 64, 8
+_SPLIT, _PARTS, CHOSEN_PARTS, _SLOTS = 64, 512, 64, 8
 """Least rows of a program; most parts of the rows of a query, also if only chosen queries are
 answered; and how many of these run in parallel."""
 
@@ -78,7 +89,8 @@ class Around:
         given = (queries.xt, self.near, bank.offset.to(near.device), *queries.path[:2])
         made = [self.query, self.origin, self.factors]
         read = [x.contiguous() for x in given]
-        launch("prepare", [count], read, made, [dim, self.block], self.warps)
+        values = [bank.radius / LOST, bank.radius * LOST / LOGIT_ERROR]
+        launch("prepare", [count], read, made, [dim, self.block], self.warps, values)
 
     def parts(
         self,
@@ -101,7 +113,7 @@ class Around:
             spare: Free parts at the end.
         """
         count, dim = self.near.shape
-        most = _PARTS if order is None else _CHOSEN_PARTS
+        most = _PARTS if order is None else CHOSEN_PARTS
         split = max(_SPLIT, -(-width // most))
         parts = -(-width // split)
         held = parts + spare
@@ -187,16 +199,13 @@ def _say(reason: str) -> None:
 
 
 def runs(answer: Any, *args: Any) -> Any:
-    """The result of a function of kernels; None, after a warning, if they do not compile here."""
-    # These are errors of the device, not of the kernel.
-    others = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    """The result of a function of kernels; None, after one warning, if they do not run here."""
+    if _said:
+        return None
     try:
         return answer(*args)
-    except others:
-        raise
-    except Exception as error:  # of several kinds, by version
-        reason = str(error).strip().split("\n")[0]
-        _say(f"{type(error).__name__}: {reason}")
+    except KernelError as error:
+        _say(str(error))
         return None
 
 

@@ -20,7 +20,7 @@ try:
 except ImportError:  # a build of torch without it
     triton = tl = None
 
-__all__ = ["kernel", "launch", "missing", "part_of", "shape_of"]
+__all__ = ["KernelError", "kernel", "launch", "missing", "part_of", "shape_of"]
 
 _OLDEST = (3, 0)
 
@@ -32,6 +32,13 @@ _PART = 1024
 """Numbers of a sample that a program holds in registers if it needs several vectors of them."""
 
 _KERNELS: dict[str, Any] = {}
+
+# These are errors of the device, not of a kernel.
+_OF_DEVICE = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
+class KernelError(RuntimeError):
+    """A kernel does not compile, or does not start, with this card and these packages."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -52,8 +59,13 @@ def prepare(
     factors,
     dim: tl.constexpr,
     block: tl.constexpr,
+    far,
+    slight,
 ) -> None:
-    """`(a/s^2) q` and r as a row, in float32; `a^2/2s^2` and `|q|^2/2s^2`."""
+    """`(a/s^2) q` and r as a row, in float32; `a^2/2s^2` and `|q|^2/2s^2`.
+
+    The last is NaN for a query that is `lost` (`stagewise.engines.base`), and then all of `merge`.
+    """
     b = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
     inside = at < dim
@@ -63,8 +75,11 @@ def prepare(
     r -= tl.load(offset + at, mask=inside, other=0.0)
     tl.store(query + b * dim + at, (q * (a / (s * s))).to(tl.float32), mask=inside)
     tl.store(origin + b * dim + at, r.to(tl.float32), mask=inside)
+    squares = tl.sum(q * q, axis=0)
+    away = a * tl.sqrt(squares)
+    lost = (away > a * a * far) & (away * slight > s * s)
     tl.store(factors + 2 * b, a * a / (2 * s * s))
-    tl.store(factors + 2 * b + 1, tl.sum(q * q, axis=0) / (2 * s * s))
+    tl.store(factors + 2 * b + 1, tl.where(lost, float("nan"), squares / (2 * s * s)))
 
 
 @kernel
@@ -220,10 +235,12 @@ def merge(
             some = tl.load(pulls + place * dim + at, mask=at < dim, other=0.0)
             total += weight * some
         r = tl.load(near + b * dim + at, mask=at < dim, other=0.0)
+        shared = tl.load(factors + 2 * b + 1)
+        z += 0 * shared
         tl.store(mean + b * dim + at, r + total / z, mask=at < dim)
         if tl.program_id(1) == 0:
             relative = peak + tl.log(z)
-            tl.store(told + b, relative - tl.load(factors + 2 * b + 1))
+            tl.store(told + b, relative - shared)
             tl.store(told + queries + b, tl.log(z) - moment / z)
             tl.store(told + 2 * queries + b, z * z / squares)
             tl.store(told + 3 * queries + b, 1 / z)
@@ -269,7 +286,21 @@ def launch(
     The arguments of the kernel are `read` tensors, `written` tensors (which it may also read), all
     contiguous, `numbers` and `values`, in this order.
     """
-    _KERNELS[name][tuple(grid)](*read, *written, *numbers, *(values or ()), num_warps=warps)
+    tensors = (*read, *written)
+    # Triton starts kernels on the current device, which may be another one.
+    with torch.cuda.device_of(tensors[0]):
+        try:
+            _KERNELS[name][tuple(grid)](*tensors, *numbers, *(values or ()), num_warps=warps)
+        except _OF_DEVICE:
+            raise
+        except Exception as error:  # of several kinds, by version
+            if len(devices := {str(tensor.device) for tensor in tensors}) > 1:
+                given = " and ".join(sorted(devices))
+                raise ValueError(
+                    f"Expected all tensors of a call on one device, got {given}."
+                ) from error
+            reason = str(error).strip().split("\n")[0]
+            raise KernelError(f"{type(error).__name__}: {reason}") from error
 
 
 @launch.register_fake

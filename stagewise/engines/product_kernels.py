@@ -200,11 +200,12 @@ def judge(
     delta += growth * tl.abs(product)
     after = peak - tl.load(figures + 4 * b + 2) + tl.load(factors + 2 * b + 1)
     after -= tl.load(told + 4 * tl.num_programs(0) + b)
-    root = tl.sqrt(tl.load(totals + 3 * b + 1)) * tl.exp(after)
-    # Either the logits of the tail are nearly right, or they are too small to matter.
-    error = delta * root * tl.exp(tl.minimum(16 * delta, 600.0))
-    error = tl.minimum(error, width * tl.exp(tl.minimum(after + 16 * delta, 600.0)))
-    error = tl.sqrt(average) * error + rounded * reach * root
+    root = tl.sqrt(tl.load(totals + 3 * b + 1))
+    # Either the logits of the tail are nearly right, or they are too small to matter. One
+    # exponential: the weights alone may be 0 where the logits are wrong by thousands.
+    error = tl.minimum(delta * root, width) * tl.exp(tl.minimum(after + 16 * delta, 600.0))
+    # Not 0 for a bank of equal rows, whose mean is right and whose other numbers are not.
+    error = tl.sqrt(tl.maximum(average, 1e-30)) * error + rounded * reach * root * tl.exp(after)
     wrong = (error > rtol * tl.sqrt(tl.sum(gap * gap, axis=0))) & (tl.load(totals + 3 * b) > 0)
     if wrong:
         place = tl.atomic_add(order, 1)

@@ -15,6 +15,7 @@ from stagewise.bank.building import whole_labels
 from stagewise.bank.row_classes import KNOWN
 from stagewise.device_checks import require_all
 from stagewise.engines import fused, fused_mix
+from stagewise.engines.fused_path import coefficients
 from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, expand_like
@@ -228,7 +229,8 @@ def by_kernel(
     if source is not None:
         source = checked_source(source, len(x1), None).to(x1.device, torch.int64)
     double, lam = t.double(), None
-    path = oracle.path(double).floored(oracle.engine.sigma_floor(oracle.bank))
+    least = oracle.engine.sigma_floor(oracle.bank)
+    path = coefficients(oracle.bank, oracle.path, t, x1.device, least)
     if target.lam.from_t:
         lam = target.lam(double, None, oracle.path, boundary)
     dtype = torch.float64 if lam is None else dtype

@@ -17,7 +17,7 @@ from stagewise.callbacks.first_batches import refuse_other_rows
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.stage_transitions import refuse_unheard
-from stagewise.callbacks.target_maker import maker_for, own_scheme, refuse_second
+from stagewise.callbacks.target_maker import maker_for, own_scheme, refuse_engine, refuse_second
 from stagewise.callbacks.training_bank import read_shard
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine
@@ -119,6 +119,7 @@ class StageScheme(StageCallback):
         self.transitions: list[dict[str, Any]] = []
         # A scheme with an oracle gives the run its bank and path.
         given = [] if scheme is None else parts(scheme)
+        refuse_engine(given, engine or certificate)
         oracles = [p.oracle for p in given if p.oracle and p.oracle.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
             known: dict[str, Any] = {"path": oracles[0].path, "condition": oracles[0].condition}
@@ -211,8 +212,7 @@ class StageScheme(StageCallback):
             self.say(f"the stages meet at t = {scheme.boundary:.3f}")
         for part in (part for part in parts(scheme) if part.smoothing is not None):
             begin = "" if part.collapsed is None else f" from t = {part.collapsed:.3f} on"
-            what = f"trains on draws of {part.smoothing!r}{begin}."
-            self.say(f"{what} Monitors compare with the rows.")
+            self.say(f"trains on draws of {part.smoothing!r}{begin}. Monitors compare with rows.")
         scheme.check()
 
     def settle(self) -> None:

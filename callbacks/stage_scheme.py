@@ -111,7 +111,7 @@ class StageScheme(StageCallback):
         self._make: Callable[[Oracle], Scheme | Phases] | None = None
         if scheme is not None and not isinstance(scheme, Scheme | Phases):
             if not callable(scheme):
-                kinds = "a Scheme or Phases, or a function that makes one of an oracle"
+                kinds = "a Scheme or Phases, or a function of an oracle (Scheme.two_stage)"
                 raise TypeError(f"Expected `scheme` to be {kinds}, got {scheme!r}.")
             self._make, scheme = scheme, None
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]

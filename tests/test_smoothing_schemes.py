@@ -354,6 +354,8 @@ def test_bad_input(bank, smoothing, oracle):
     assert "x1 = scheme.smooth" in refusal(lambda: diffusers_target(xt, x1, x0, 1 - T, scheme))
     assert "the `source` of each" in refusal(lambda: scheme.smooth(x1 + 1, t=T))
     drawn = scheme.smooth(x1, t=T)
+    message = refusal(lambda: scheme.smooth(drawn, t=torch.zeros(8)))  # also where none moves
+    assert "Smooth once: x1 = scheme.smooth(x1, t=t)" in message
     other = scheme.path.interpolate(x0, drawn, 1 - T)
     message = refusal(lambda: scheme(drawn - x0, xt=other, t=T, x1=drawn))
     assert "They fit if time 1 is noise" in message

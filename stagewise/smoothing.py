@@ -182,7 +182,7 @@ class Smoothing:
         It tries 8, 16, 32 and 64 neighbours with scales from 0.25 to 1 (wider ones made trained
         models worse), on rows that are left out. It keeps settings whose samples are as near to
         those rows as the other rows are, and of these it takes the one whose oracle predicts the
-        left-out rows best; see `smoothing_fit`. In our trainings the default was nearly as good.
+        left-out rows best; see `smoothing_fit`. In our trainings the default was as good.
 
         Args:
             bank: The rows; at least 20.

@@ -195,10 +195,15 @@ def _written(reads: TargetMaker) -> str:
 
 def _mixed(run: StageRun, x1: Tensor) -> tuple[bool, Tensor | None]:
     """Whether it is known what the targets were, and what schemes have added to them."""
-    own = (getattr(maker.place.object, "scheme", None) for maker in run.makers)
-    schemes = [*run.look.schemes, *(one for one in own if isinstance(one, Scheme | Phases))]
+    schemes = schemes_of(run)
     for scheme in schemes if any(map(mixes, schemes)) else ():
         last = scheme.last
         if last is not None and last.x1.shape == x1.shape and torch.equal(last.x1, x1):
             return True, last.added
     return not any(map(mixes, schemes)), None
+
+
+def schemes_of(run: StageRun) -> list[Scheme | Phases]:
+    """What steers the training: schemes of callbacks, and those that target makers hold."""
+    own = (getattr(maker.place.object, "scheme", None) for maker in run.makers)
+    return [*run.look.schemes, *(one for one in own if isinstance(one, Scheme | Phases))]

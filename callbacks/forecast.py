@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from typing_extensions import Unpack, override
 
 from stagewise.adapters.objective import Objective
 from stagewise.bank import LatentBank
+from stagewise.callbacks.first_batches import schemes_of
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
@@ -44,7 +46,7 @@ class Forecast(ModelMonitor):
     The log has each probe, and at the end their mean. On three benchmark sets that batch was at
     most 7 % off the one with which plain training did as well (docs/forecast.md). An untrained
     network shows too small a gain, so the first probe is not at the first step. Use it in a
-    training with plain targets.
+    training with plain targets: what a training has already is measured too, but not advised.
 
     **Logged to every logger** at each probe (`stagewise_forecast` is `name`):
     `stagewise_forecast/share`, `.../batch_factor`, `.../steps`, `.../noise_scale` and
@@ -150,9 +152,13 @@ class Forecast(ModelMonitor):
             )
         scale = None if math.isinf(found.noise_scale) else found.noise_scale
         entry: dict[str, Any] = {"share": found.share, "share_se": found.error}
+        steering = schemes_of(self.run)  # of phases, the present one counts
+        entry["targets_used"] = any(scheme.target is not None for scheme in steering)
         entry |= {"noise_scale": scale, "batch": self.per_step}
         smoothing = self._smoothing()
-        gap = smoothing.gap if smoothing is not None and smoothing.worth_trying else None
+        if smoothing is not None and any(scheme.smoothing is not None for scheme in steering):
+            smoothing = replace(smoothing, used=True)
+        gap = None if smoothing is None or math.isnan(smoothing.gap) else smoothing.gap
         entry |= {"targets": f"{_targets(entry)}", "smoothing_gap": gap}
         entry["smoothing"] = None if smoothing is None else f"{smoothing}"
         said = "" if smoothing is None else f"; {smoothing}"
@@ -227,4 +233,5 @@ class Forecast(ModelMonitor):
 
 def _targets(entry: dict[str, Any]) -> TargetForecast:
     scale = math.inf if entry["noise_scale"] is None else entry["noise_scale"]
-    return TargetForecast(entry["share"], entry["share_se"], scale, entry["batch"])
+    used = entry.get("targets_used", False)  # histories of older versions do not have it
+    return TargetForecast(entry["share"], entry["share_se"], scale, entry["batch"], used)

@@ -17,7 +17,7 @@ from stagewise.callbacks.first_batches import refuse_other_rows
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.stage_transitions import refuse_unheard
-from stagewise.callbacks.target_maker import maker_for, own_scheme, refuse_second
+from stagewise.callbacks.target_maker import maker_for, own_scheme, refuse_engine, refuse_second
 from stagewise.callbacks.training_bank import read_shard
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine
@@ -113,14 +113,14 @@ class StageScheme(StageCallback):
         self._make: Callable[[Oracle], Scheme | Phases] | None = None
         if scheme is not None and not isinstance(scheme, Scheme | Phases):
             if not callable(scheme):
-                kinds = "a Scheme or Phases, or a function that makes one of an oracle"
+                kinds = "a Scheme or Phases, or a function of an oracle (Scheme.two_stage)"
                 raise TypeError(f"Expected `scheme` to be {kinds}, got {scheme!r}.")
             self._make, scheme = scheme, None
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
         self.engine, self.certificate, self._given = engine, certificate, scheme
         self.transitions: list[dict[str, Any]] = []
-        # A scheme with an oracle gives the run its bank and path.
-        given = [] if scheme is None else parts(scheme)
+        given = [] if scheme is None else parts(scheme)  # with an oracle: its bank and path
+        refuse_engine(given, engine or certificate)
         oracles = [p.oracle for p in given if p.oracle and p.oracle.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
             known: dict[str, Any] = {"path": oracles[0].path, "condition": oracles[0].condition}
@@ -154,7 +154,7 @@ class StageScheme(StageCallback):
         scheme = None if self.scheme is None else self.scheme.state_dict()
         share = None if self._losses is None else self._losses.share
         own = {"scheme": scheme, "transitions": self.transitions, "share": share}
-        return {**super().state_dict(), **own}
+        return super().state_dict() | own
 
     def setup(self, *_: Any, **__: Any) -> None:
         """From here on its state key is by its name."""
@@ -211,9 +211,9 @@ class StageScheme(StageCallback):
             scheme.set_boundary(boundary)
             self.say(f"the stages meet at t = {scheme.boundary:.3f}")
         scheme.check()
-        header = {**self._header, "trained_on": in_words(scheme)}
-        self.say(f"trains on {header['trained_on']}")
-        self.writer.start([header, *self.transitions], resumed=self._resumed)
+        self._header["trained_on"] = in_words(scheme)
+        self.say(f"trains on {self._header['trained_on']}")
+        self.writer.start([self._header, *self.transitions], resumed=self._resumed)
 
     def settle(self) -> None:
         """Refuses a first step without a steered target, and checks its samples and conditions."""

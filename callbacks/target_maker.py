@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stagewise.callbacks.run import StageRun
     from stagewise.callbacks.stage_scheme import StageScheme
 
-__all__ = ["maker_for", "own_scheme", "refuse_second", "trained_on"]
+__all__ = ["maker_for", "own_scheme", "refuse_engine", "refuse_second", "trained_on"]
 
 
 def maker_for(
@@ -42,6 +42,15 @@ def maker_for(
 def own_scheme(maker: TargetMaker) -> Scheme | Phases | None:
     """The scheme of an objective, if it has one."""
     return maker.place.object.scheme if isinstance(maker, Objective) else None
+
+
+def refuse_engine(given: list[Scheme], setting: object) -> None:
+    """Refuses an engine or a certificate beside schemes that have oracles."""
+    if setting is not None and any(part.oracle for part in given):
+        raise ValueError(
+            f"Expected a scheme without an oracle beside {setting!r}, which would change nothing: "
+            "the oracle has an engine. Give it there: Oracle(bank, engine=..., certificate=...)."
+        )
 
 
 def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:

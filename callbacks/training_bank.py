@@ -136,7 +136,7 @@ def read_bank(
             "navigation stage is measured well, but x_1 of a training batch is not a bank row. In "
             "oracle targets it is added to the rows, beside the stored draw of the same sample. "
             "To use the last samples seen instead: StageRun(reservoir=4096), but for a smoothing, "
-            "which needs the `source` of such samples."
+            "which needs the `source` of such samples (`stagewise.sources`)."
         )
     return bank
 

@@ -71,6 +71,7 @@ class FlowMatchingLoss(nn.Module):
 
     Raises:
         ValueError: If a scheme is given with timesteps or a weight, or has another path.
+        TypeError: If the scheme is none.
 
     Example:
         >>> import torch
@@ -92,6 +93,11 @@ class FlowMatchingLoss(nn.Module):
         cosine: bool = False,
     ) -> None:
         super().__init__()
+        if scheme is not None and not isinstance(scheme, Scheme | Phases):
+            raise TypeError(
+                f"Expected `scheme` to be a Scheme or Phases, got {scheme!r}: "
+                'FlowMatchingLoss(scheme=Scheme(oracle, target=Mix("boundary"))).'
+            )
         if scheme is not None and (timesteps is not None or weight is not None):
             raise ValueError(
                 "Expected either a scheme, or timesteps and weight, got both. Give them to the "

@@ -143,7 +143,7 @@ def _memorization(facts: Facts) -> Advice | None:
         early = f"Use the weights of about step {onset['step']}. "
         why.append(f"Memorization began there: {onset['message']}.")
     if gap is not None and gap.worth_trying:
-        why.append(f"{str(gap).capitalize()}.")
+        why.append(f"{(gap.seen if facts.run.of('scheme') else str(gap)).capitalize()}.")
     if facts.samples and (facts.samples[-1]["low"][0] or 0) > 0:
         why.append(f"{copied(facts).capitalize()}.")
     if not why:
@@ -190,7 +190,8 @@ def _targets(facts: Facts) -> Advice | None:
     if forecasts := facts.run.of("forecast"):
         gain = str(forecasts[-1].get("targets", ""))
         source = f"{_OWN} (Forecast)"
-        return Advice("Consider oracle targets.", gain, source) if gain else None
+        advised = gain and not gain.endswith("do not bother")
+        return Advice("Consider oracle targets.", gain, source) if advised else None
     if not share > 0.5:
         return None
     return Advice(

@@ -35,7 +35,7 @@ from stagewise.paths import (
 from stagewise.posterior import Posterior, merge
 from stagewise.profile import Profile
 from stagewise.reservoir import Reservoir
-from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
+from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord, sources
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.spectrum import predicted_boundary
@@ -141,4 +141,5 @@ __all__ = [
     "open_latents",
     "predicted_boundary",
     "same_path",
+    "sources",
 ]

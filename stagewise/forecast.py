@@ -56,12 +56,14 @@ class TargetForecast:
         error: Its standard error.
         noise_scale: B_n, in samples; infinite if the mean gradient is below the noise.
         batch: B, the size of the measured batches.
+        used: Whether the training has oracle targets already, so that none are advised.
     """
 
     share: float
     error: float
     noise_scale: float
     batch: int
+    used: bool = False
 
     @classmethod
     def mean(cls, forecasts: Sequence[TargetForecast]) -> TargetForecast:
@@ -76,6 +78,7 @@ class TargetForecast:
             error=math.hypot(*(one.error for one in forecasts)) / count,
             noise_scale=1 / signal if signal else math.inf,
             batch=forecasts[-1].batch,
+            used=forecasts[-1].used,
         )
 
     @property
@@ -99,15 +102,16 @@ class TargetForecast:
 
     @property
     def worth_trying(self) -> bool:
-        """Whether at most three quarters of the steps are needed."""
-        return self.steps <= _WORTH
+        """Whether at most three quarters of the steps are needed, and they are not used already."""
+        return self.steps <= _WORTH and not self.used
 
     def __str__(self) -> str:
         low, high = self.interval
+        verdict = ": worth trying" if self.worth_trying else ": do not bother"
         return (
-            f"oracle targets are worth a batch of {self.factor:.2f} times the size here "
-            f"({low:.2f} to {high:.2f}), and about {self.steps:.2f} of the steps: "
-            f"{'worth trying' if self.worth_trying else 'do not bother'}"
+            f"oracle targets{', which this training has,' if self.used else ''} are worth a batch "
+            f"of {self.factor:.2f} times the size here ({low:.2f} to {high:.2f}), and about "
+            f"{self.steps:.2f} of the steps{'' if self.used else verdict}"
         )
 
 
@@ -290,26 +294,34 @@ class SmoothingForecast:
         t_from: Its lower end, NaN if there is none.
         t_to: Its upper end.
         gap: Held-out over training error there, minus 1; NaN if there is none.
+        used: Whether the training smooths already, so that it is not advised.
     """
 
     t_from: float
     t_to: float
     gap: float
+    used: bool = False
 
     @property
     def worth_trying(self) -> bool:
-        """Whether there is such a range."""
-        return not math.isnan(self.gap)
+        """Whether there is such a range, and no smoothing yet."""
+        return not math.isnan(self.gap) and not self.used
 
-    def __str__(self) -> str:
-        if not self.worth_trying:
-            return (
-                "no gap of held-out and training error is seen where smoothing acts: do not bother"
-            )
+    @property
+    def seen(self) -> str:
+        """The range, without what to do."""
+        if math.isnan(self.gap):
+            return "no gap of held-out and training error is seen where smoothing acts"
         return (
             f"held-out error is {self.gap:.0%} above that on training rows for t in "
-            f"[{self.t_from:.2f}, {self.t_to:.2f}]: smoothing has something to gain"
+            f"[{self.t_from:.2f}, {self.t_to:.2f}]"
         )
+
+    def __str__(self) -> str:
+        if self.used:
+            return f"{self.seen}, in a training that smooths"
+        gains = "smoothing has something to gain" if self.worth_trying else "do not bother"
+        return f"{self.seen}: {gains}"
 
 
 def forecast_smoothing(

@@ -17,8 +17,15 @@ left out, u* the exact oracle of the smoothed set. This alone, like the likeliho
 width than the data have.
 
 For each number of neighbours the scale is the largest whose samples are no farther from held-out
-rows than the rows are; of these the one with the best field is taken. The isotropic floor is not
-among the settings: it stays in the samples as noise, and beside many neighbours it gained nothing.
+rows than the rows are, by interpolation; of these the one with the best field is taken. The
+isotropic floor is not among the settings: it stays in the samples as noise, and beside many
+neighbours it gained nothing.
+
+**Scales end at 1**, a cap by measurement. Where x_c holds the samples the distance hardly depends
+on the scale, so on some data every scale is near enough, and the field of the oracle is at its best
+at 1.4 to 2 with 32 neighbours or more. A trained model wants less: on 300 rows of the cancer table
+its held-out loss is .807, .820, .852 and .873 with 64 neighbours and scales 1, 1.4, 2.8 and 4, and
+.809, .816, .833 and .864 with 32 and 1, 1.4, 2 and 4 (8 and 1: .804; plain: .840).
 """
 
 from __future__ import annotations
@@ -43,7 +50,7 @@ from stagewise.stages import StageBoundary, StageCurve
 
 __all__ = ["SmoothingScore", "cross_validated", "fitted"]
 
-FOLDS, ASKED, DRAWN = 5, 1000, 500
+FOLDS, ASKED, DRAWN = 5, 1000, 2000
 _LAST = 0.03
 """Times end at this share of what is left after the boundary: the loss of rows diverges at 1."""
 
@@ -59,7 +66,7 @@ class SmoothingScore:
         neighbours: K; 0 is the rows as they are.
         scale: g.
         farther: By how much finished samples are farther from held-out rows than the rows are, as
-            energy distances; below 0 they are nearer.
+            energy distances; below 0 they are nearer. 0 at an interpolated scale.
         loss: Mean squared error of the oracle's velocity over D numbers; NaN where it was not asked
             for, since a larger scale will do.
     """
@@ -79,14 +86,23 @@ class _Fold:
     labels: Tensor | None
     t: Tensor
     x0: Tensor
-    pairs: Tensor
+    rows: Tensor
+    each: int
     seed: int
 
     def distance(self, samples: Tensor) -> float:
-        """The energy distance of pairs of samples from held-out rows, but for these rows' own."""
-        held_out, (x, other) = self.x1.flatten(1).double(), samples.double().chunk(2)
-        to_rows = torch.cdist(torch.cat([x, other]), held_out).mean()
-        return float(2 * to_rows - torch.linalg.vector_norm(x - other, dim=1).mean())
+        """The energy distance of samples, (n, `each`, D), around `rows` from held-out rows.
+
+        Without the part of these rows alone. Two samples of a model are of one row with a chance of
+        one in all rows; pairs are weighed so, which leaves much less noise than random rows.
+        """
+        n, each, dim = samples.shape
+        flat, held_out = samples.reshape(-1, dim), self.x1.flatten(1).double()
+        same = torch.cdist(samples, samples).sum()
+        other = (torch.cdist(flat, flat).sum() - same) / (n * (n - 1) * each**2)
+        chance = 1 / len(self.rest)
+        apart = (1 - chance) * other + chance * same / (n * each * (each - 1))
+        return float(2 * torch.cdist(flat, held_out).mean() - apart)
 
     def loss(self, oracle: Oracle) -> Tensor:
         """That of the oracle's field, at each held-out row, (B,)."""
@@ -120,7 +136,7 @@ def fitted(
             "when on, Smoothing.fit(bank, 0.7)."
         )
         return None
-    scales = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
+    scales = (0.25, 0.35, 0.5, 0.7, 1.0)  # a cap: see the module docstring
     scores = cross_validated(
         bank, edge, (8, 16, 32, 64), scales, class_wise=class_wise, progress=progress
     )
@@ -160,8 +176,8 @@ def cross_validated(
 ) -> list[SmoothingScore]:
     """The scores of all settings, that of the rows as they are first.
 
-    The oracle is class-wise if the bank has classes. At most 1000 rows are asked about, and 1000
-    samples made in each of five folds.
+    The oracle is class-wise if the bank has classes. At most 1000 rows are asked about, and about
+    2000 samples made in each of five folds.
 
     Args:
         bank: The rows.
@@ -173,7 +189,8 @@ def cross_validated(
         progress: Whether to show a bar.
 
     Returns:
-        One for the rows, and one for each K and g; none at all if a fold has no row to ask about.
+        One for the rows, and for each K one for each g and, with its loss, the largest scale that
+        is near enough, by interpolation; none at all if a fold has no row to ask about.
     """
     boundary = max(boundary, 1e-3)  # 0: one row explains every query from the start
     folds = list(_folds(bank, boundary, seed))
@@ -192,21 +209,35 @@ def cross_validated(
                 Smoothing(fold.rest, k, class_wise=class_wise, progress=False) for fold in folds
             ]
         for fold, smoothing in zip(folds, smoothings, strict=True):
-            base = fold.distance(fold.rest.take(fold.pairs))
+            base = fold.distance(fold.rest.take(fold.rows)[:, None].expand(-1, fold.each, -1))
             for i, score in enumerate(found):
-                made = _finished(smoothing.with_scale(score.scale), fold.pairs, boundary, fold.seed)
+                made = _finished(
+                    smoothing.with_scale(score.scale), fold.rows, fold.each, boundary, fold.seed
+                )
                 farther = score.farther + (fold.distance(made) - base) / FOLDS
                 found[i] = replace(score, farther=farther)
-        near = [i for i, score in enumerate(found) if score.farther <= 0]
-        if near:
-            g = found[near[-1]].scale
+        if (g := _largest_near(found)) is not None:
             loss = _mean(
                 fold.loss(SmoothedOracle(fold.rest, None, smoothing.with_scale(g)))
                 for fold, smoothing in zip(folds, smoothings, strict=True)
             )
-            found[near[-1]] = replace(found[near[-1]], loss=loss)
+            tried = {score.scale: score.farther for score in found}
+            found = [score for score in found if score.scale != g]
+            found.append(SmoothingScore(k, g, tried.get(g, 0.0), loss))
         scores += found
     return scores
+
+
+def _largest_near(found: Sequence[SmoothingScore]) -> float | None:
+    """The largest scale that is near enough, between those that were tried; None if none is."""
+    near = [i for i, score in enumerate(found) if score.farther <= 0]
+    if not near:
+        return None
+    last, after = found[near[-1]], found[near[-1] + 1 : near[-1] + 2]
+    if not after:
+        return last.scale
+    share = last.farther / (last.farther - after[0].farther)
+    return round(last.scale + share * (after[0].scale - last.scale), 2)
 
 
 def _folds(bank: LatentBank, boundary: float, seed: int) -> Iterator[_Fold]:
@@ -240,23 +271,24 @@ def _folds(bank: LatentBank, boundary: float, seed: int) -> Iterator[_Fold]:
             None if labels is None else labels[asked],
             t=boundary + (1 - boundary) * (1 - _LAST) * share,
             x0=torch.randn(x1.shape, generator=draws),
-            pairs=torch.randint(len(rest), (2 * DRAWN,), generator=draws),
+            rows=torch.randperm(len(rest), generator=draws)[: DRAWN // 2],
+            each=max(2, DRAWN // len(rest)),
             seed=seed + number,
         )
 
 
-def _finished(smoothing: Smoothing, rows: Tensor, boundary: float, seed: int) -> Tensor:
-    """Samples that were led to some rows until the boundary, (B, D), float64."""
+def _finished(smoothing: Smoothing, rows: Tensor, each: int, boundary: float, seed: int) -> Tensor:
+    """Some samples that were led to each of some rows until the boundary, (n, each, D), float64."""
     bank, k, ratio = smoothing.bank, smoothing.neighbours, boundary / (1 - boundary)
     draws = torch.Generator().manual_seed(seed)
     made = []
-    for some in rows.split(max(1, _GATHER // (k * bank.dim))):
+    for some in rows.split(max(1, _GATHER // ((k + each) * bank.dim))):
         x, _, a = smoothing.factors(some)
-        z = torch.randn(len(some), k, 1, generator=draws, dtype=a.dtype)
-        noise = torch.randn(len(some), bank.dim, 1, generator=draws, dtype=a.dtype)
+        z = torch.randn(len(some), k, each, generator=draws, dtype=a.dtype)
+        noise = torch.randn(len(some), bank.dim, each, generator=draws, dtype=a.dtype)
         z += ratio * math.sqrt(2) * (a @ noise)  # eps - eps'
         m = torch.eye(k, dtype=a.dtype) + ratio**2 * (a @ a.mT)
-        made.append(x + (a.mT @ torch.linalg.solve(m, z))[:, :, 0])
+        made.append(x[:, None] + torch.linalg.solve(m, z).mT @ a)
     return torch.cat(made)
 
 

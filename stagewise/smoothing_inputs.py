@@ -230,7 +230,7 @@ def default_neighbours(bank: LatentBank) -> int:
 
 def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:
     """The row of each sample, (B,), given or looked up; see `Smoothing.draw`."""
-    given, source = source is not None, bank.find(x1) if source is None else source
+    source = bank.find(x1) if source is None else source
     require_tensors(source=source)
     if source.shape != x1.shape[:1] or source.is_floating_point() or source.dtype == torch.bool:
         raise ValueError(
@@ -240,20 +240,19 @@ def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:
     if seen_within(source, 0, len(bank) - 1):
         return source
     inside = (source >= 0) & (source < len(bank))
-    what = f"`source` from 0 to {len(bank) - 1}, the rows of the bank"
-    if not given:
-        what = "samples that are rows of the bank, or the `source` of each"
     require_all(
         inside,
-        f"Expected {what}",
+        "Expected samples that are rows of the bank, or the `source` of each, from 0 to "
+        f"{len(bank) - 1}",
         lambda: (
-            f", got {int((~inside).sum())} of {len(inside)} that are "
-            + (f"not, the first {int(source[~inside][0])}. " if given else "no rows. ")
-            + "Flips and crops of rows are no rows: train without them, or build the bank from "
-            "the samples that the model is trained on. Nor are latents that are drawn again each "
-            "time: let the data set return the position i of each item, and give it where x_1 is "
-            "smoothed (`draw`, `smooth`, or the call of FlowMatchingLoss), source=i if the bank "
-            "keeps its order (bank.index is None), otherwise source=bank.index.argsort()[i]."
+            f", got {int((~inside).sum())} of {len(inside)} that are not, the first "
+            f"{int(source[~inside][0])} (-1: no row is equal). "
+            "Flips and crops of rows are no rows: train without them, or build the bank from the "
+            "samples that the model is trained on. Nor are latents that are drawn again each "
+            "time: let the data set return the position i of each item, and say source=i to "
+            "`draw`, `smooth` or FlowMatchingLoss, or around any other step "
+            "`with stagewise.sources(i):`. That is for a bank that keeps its order (bank.index is "
+            "None); otherwise it is bank.index.argsort()[i]."
         ),
     )
     return source

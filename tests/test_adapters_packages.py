@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, Smoothing, Uniform
+from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, Smoothing, Uniform, sources
 from stagewise.adapters import (
     NoisedPath,
     ShrinkingPath,
@@ -159,6 +159,60 @@ def test_flow_matching_is_given_what_was_smoothed(name):
     assert torch.equal(found.x_1, drawn)
     torch.testing.assert_close(found.x_t, again.x_t)
     torch.testing.assert_close(found.dx_t, again.dx_t)
+
+
+def called(name, x1):
+    """A matcher or path, and a call of it with `x1` at fixed times."""
+    t, x0 = torch.linspace(0.02, 0.98, 24, dtype=torch.float64), batch()[0]
+    if name in SCHEDULERS:
+        path = path_of(name)
+        return path, lambda: path.sample(x_0=x0, x_1=x1, t=t)
+    matcher = Guided(0.0) if name == "guided" else MATCHERS[name]()
+    method = f"guided_{PLAIN}" if name == "guided" else PLAIN
+    return matcher, lambda: getattr(matcher, method)(x0, x1, t=t)
+
+
+@pytest.mark.parametrize("name", [*MATCHERS, "guided", *SCHEDULERS])
+def test_samples_that_are_no_rows_are_smoothed_around_the_rows_that_are_told(name):
+    rows = torch.randperm(40)[:24]
+    noisy = ROWS[rows].double() + 0.01 * torch.randn(24, *SHAPE, dtype=torch.float64)
+    thing, call = called(name, noisy)
+    scheme = Scheme(path=one_target_maker(thing).path, **TWICE)
+    one_target_maker(thing).attach(scheme)
+    with pytest.raises(ValueError, match=r"with stagewise\.sources\(i\):"):
+        call()
+    begun = scheme.state_dict()
+    with sources(rows):
+        call()
+    assert torch.equal(scheme.last.source, rows)
+    assert torch.equal((scheme.last.x1 == noisy).flatten(1).all(1), ~LATE)
+    again = Scheme(path=scheme.path, **TWICE)
+    again.load_state_dict(begun | {"draws": scheme.state_dict()["draws"] - 1})
+    exact = ROWS[rows].double()
+    moved = again.smooth(exact, t=scheme.last.t) - exact
+    torch.testing.assert_close(scheme.last.x1 - noisy, moved)
+    with pytest.raises(ValueError, match="the `source` of each"):
+        call()
+
+
+@pytest.mark.parametrize("name", ["icfm", "CondOT"])
+def test_targets_take_the_rows_that_are_told(name):
+    rows = torch.randperm(40)[:24]
+    noisy = ROWS[rows].double() + 0.01 * torch.randn(24, *SHAPE, dtype=torch.float64)
+    thing, call = called(name, noisy)
+    maker = one_target_maker(thing)
+    scheme = scheme_for(maker, target=Mix())
+    maker.attach(scheme)
+    with sources(rows):
+        with sources(torch.full((24,), -1)):  # the inner one counts
+            call()
+            assert (scheme.last.source == -1).all()
+        call()
+    assert torch.equal(scheme.last.source, rows)
+    with sources(rows[:5]), pytest.raises(ValueError, match="`source`"):
+        call()
+    with pytest.raises(TypeError, match="rows"), sources(rows.tolist()):
+        pass
 
 
 @pytest.mark.parametrize("name", ["icfm, sigma", "vp, sigma"])

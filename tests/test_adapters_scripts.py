@@ -23,6 +23,7 @@ from stagewise import (
     Oracle,
     Smoothing,
     VPPath,
+    sources,
 )
 from stagewise.adapters import diffusers as diffusers_adapter
 from stagewise.adapters import diffusers_target, find_target_makers, one_target_maker
@@ -260,6 +261,24 @@ def test_transport_trains_on_what_was_smoothed(kind, plan, model_type):
     assert torch.equal(x1, kept)
     for one, other in zip(found, losses(kind(plan, model_type), drawn), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("kind", "plan", "model_type"), TRANSPORTS)
+def test_transport_takes_the_rows_of_samples_that_are_none(kind, plan, model_type):
+    x1, _ = rows_of_batch()
+    rows = LatentBank(ROWS).find(x1)
+    transport = kind(plan, model_type)
+    maker = one_target_maker(transport)
+    scheme = smoothing_scheme(maker)
+    maker.attach(scheme)
+    noisy = x1 + 0.01 * torch.randn(x1.shape)
+    with pytest.raises(ValueError, match=r"with stagewise\.sources\(i\):"):
+        losses(transport, noisy)
+    with sources(rows):
+        losses(transport, noisy)
+    assert torch.equal(scheme.last.source, rows)
+    kept = (scheme.last.x1 == noisy).flatten(1).all(1)
+    assert torch.equal(kept, scheme.last.t < 0.5)
 
 
 def test_transport_finds_the_class_itself_where_the_model_has_no_labels():
@@ -539,6 +558,23 @@ def test_edm_trains_on_what_was_smoothed(kind):
 
 
 @pytest.mark.parametrize("kind", EDM_KINDS)
+def test_edm_takes_the_rows_of_images_that_are_none(kind):
+    images, _ = rows_of_batch()
+    rows, holder = LatentBank(ROWS).find(images), holder_of(kind)
+    maker = one_target_maker(holder)
+    scheme = smoothing_scheme(maker)
+    maker.attach(scheme)
+    noisy = images + 0.01 * torch.randn(images.shape)
+    with pytest.raises(ValueError, match=r"with stagewise\.sources\(i\):"):
+        edm(holder, noisy)
+    with sources(rows):
+        edm(holder, noisy)
+    assert torch.equal(scheme.last.source, rows)
+    kept = (scheme.last.x1 == noisy).flatten(1).all(1)
+    assert torch.equal(kept, scheme.last.t < 0.5)
+
+
+@pytest.mark.parametrize("kind", EDM_KINDS)
 @pytest.mark.parametrize("labelled", ["numbers", "one-hot", "not"])
 def test_edm_target_is_the_posterior_mean(kind, labelled):
     images, labels = rows_of_batch()
@@ -711,6 +747,28 @@ def test_diffusers_target_unsteered_is_the_scripts(script):
         assert torch.equal(diffusers_target(noisy, x, noise, sigmas, scheme), noise - x)
         data = diffusers_target(noisy, x, noise, sigmas, scheme, prediction="data")
         assert torch.equal(data, x)
+
+
+def test_diffusers_target_takes_the_rows_of_latents_that_are_none(script):
+    x, _ = rows_of_batch()
+    rows = LatentBank(ROWS).find(x)
+    latents = x + 0.01 * torch.randn(x.shape)
+    noisy, noise, sigmas, _ = script(latents)
+    mixing = Scheme(Oracle(LatentBank(ROWS)), target=Mix(), class_wise=False)
+    with sources(rows):
+        target = diffusers_target(noisy, latents, noise, sigmas, mixing)
+    told, _ = mixing(latents - noise, xt=noisy, t=1 - sigmas, x1=latents, source=rows)
+    assert torch.equal(target, -told)
+    smoothing = Scheme(
+        smoothing=Smoothing(LatentBank(ROWS), 4, progress=False), strength=torch.ones_like
+    )
+    with sources(rows):
+        drawn = smoothing.smooth(latents, t=1 - sigmas)
+    noisy = (1 - sigmas) * drawn + sigmas * noise
+    torch.testing.assert_close(
+        diffusers_target(noisy, drawn, noise, sigmas, smoothing), noise - drawn
+    )
+    assert torch.equal(smoothing.last.source, rows)
 
 
 def test_diffusers_example():

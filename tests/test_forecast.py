@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -11,17 +12,22 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from stagewise import (
+    AtStep,
     LatentBank,
     LogitNormal,
+    Mix,
     Oracle,
+    Phase,
+    Phases,
     Scheme,
+    Smoothing,
     StageAware,
     StageFactors,
     TargetForecast,
     forecast_smoothing,
     forecast_targets,
 )
-from stagewise.callbacks import Forecast, PosteriorMonitor, VelocityErrorMonitor
+from stagewise.callbacks import Forecast, PosteriorMonitor, StageScheme, VelocityErrorMonitor
 from stagewise.forecast import _estimate
 from stagewise.losses import FlowMatchingLoss
 
@@ -312,6 +318,43 @@ def test_forecasting_changes_nothing_and_says_both(fit, weights, tmp_path, read_
         assert event["targets"].startswith("oracle targets are worth a batch of")
         assert event["smoothing"].startswith(("no gap", "held-out error"))
         assert event["batch"] == 8
+
+
+def later(oracle):
+    """Two stages after five of eight steps."""
+    return Phases([Phase(Scheme(), AtStep(5)), Phase(Scheme.two_stage(oracle))])
+
+
+@pytest.mark.usefixtures("quick_figures")
+@pytest.mark.parametrize(
+    ("make", "mixed", "smoothed"),
+    [
+        (lambda o: Scheme(o, target=Mix("boundary")), [True, True], [False, False]),
+        (lambda o: Scheme(smoothing=Smoothing(o.bank, 4)), [False, False], [True, True]),
+        (later, [False, True], [False, True]),
+    ],
+)
+def test_what_a_training_has_already_is_not_advised(fit, make, mixed, smoothed):
+    callback = Forecast(every_n_steps=4)
+    fit(VelocityErrorMonitor(**FEW), callback, StageScheme(make))
+    said = [(entry["targets"], entry["smoothing"]) for entry in callback.history]
+    assert ["which this training has, are worth" in one for one, _ in said] == mixed
+    assert [not one.endswith(("worth trying", "do not bother")) for one, _ in said] == mixed
+    assert [other.endswith(", in a training that smooths") for _, other in said] == smoothed
+    assert [": " not in other for _, other in said] == smoothed, "no advice"
+
+
+def test_a_gap_in_spite_of_smoothing_is_told_without_the_advice():
+    edges = [place / 10 for place in range(11)]
+    found = replace(forecast_smoothing(probe_with(lambda t: 0.4), edges, 0.5), used=True)
+    assert not found.worth_trying
+    assert str(found) == (
+        "held-out error is 40% above that on training rows for t in [0.50, 1.00], in a training "
+        "that smooths"
+    )
+    much = TargetForecast(share=0.6, error=0.01, noise_scale=math.inf, batch=128, used=True)
+    assert not much.worth_trying
+    assert TargetForecast.mean([much, much]).used
 
 
 def test_what_it_measures_is_what_the_function_does(fit):

@@ -255,6 +255,8 @@ def test_what_does_not_go_with_a_scheme():
     for extra in ({"timesteps": Uniform()}, {"weight": lambda t: t}):
         with pytest.raises(ValueError, match="either a scheme, or timesteps and weight"):
             FlowMatchingLoss(scheme=Scheme(), **extra)
+    with pytest.raises(TypeError, match=r"a Scheme or Phases, got .*FlowMatchingLoss\(scheme=Sch"):
+        FlowMatchingLoss(scheme=Mix())
     with pytest.raises(ValueError, match="the scheme's path, LinearPath"):
         FlowMatchingLoss(CosinePath(), scheme=Scheme(oracle))
     assert FlowMatchingLoss(scheme=Scheme(path=CosinePath())).path.snr_sqrt(torch.tensor(0.5)) == 1

@@ -292,6 +292,9 @@ def test_settings_that_are_refused():
     refused("a TimestepSampler", lambda: Scheme(timesteps="uniform"), TypeError)
     refused('`class_wise` to be True, False or "auto"', lambda: Scheme(oracle, class_wise=None))
     refused('"insert" or "error"', lambda: Scheme(oracle, on_missing="skip"))
+    refused('a target for on_missing="error"', lambda: Scheme(oracle, on_missing="error"))
+    refused("`weight` to be a function of t, got 0.5", lambda: Scheme(weight=0.5), TypeError)
+    refused("an Oracle such as", lambda: Scheme(oracle.bank, target=Mix()), TypeError)
     refused("path of the oracle", lambda: Scheme(oracle, path=CosinePath()))
     refused(
         "needs a bank with labels",

@@ -621,7 +621,7 @@ def test_draws_that_are_refused(smoothing):
         with pytest.raises(ValueError, match=message):
             smoothing.draw(*args, **options)
 
-    refused("rows of the bank, or the `source` of each, got 4 of 4.*source=i if the bank", x1 + 1)
+    refused("rows of the bank, or the `source` of each.* got 4 of 4.*keeps its order", x1 + 1)
     refused("from 0 to 59.*got 1 of 4 .*the first 60", x1, source + 57)
     refused("from 0 to 59.*the first -1", x1, source - 1)
     refused("integer `source` with shape", x1, source[:2])

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from stagewise import LatentBank, Oracle, Scheme, Smoothing, StageCurve
-from stagewise.smoothing_fit import _finished, _folds, cross_validated
+from stagewise.smoothing_fit import (
+    SmoothingScore,
+    _finished,
+    _folds,
+    _largest_near,
+    cross_validated,
+)
 
 
 def plane(rows, dim=24, seed=0):
@@ -33,16 +39,18 @@ def test_a_fit_is_the_setting_with_the_best_field_of_those_near_the_data():
     fitted = Smoothing.fit(bank, 0.4, progress=False)
     rows, *scores = fitted.scores
     assert (rows.neighbours, rows.scale, rows.farther) == (0, 0.0, 0.0)
-    assert [s.neighbours for s in scores] == [k for k in (8, 16, 32, 64) for _ in range(6)]
+    assert sorted({s.neighbours for s in scores}) == [8, 16, 32, 64]
     asked = [s for s in scores if not math.isnan(s.loss)]
     best = min(asked, key=lambda score: score.loss)
     assert (fitted.neighbours, fitted.scale, fitted.floor) == (best.neighbours, best.scale, 0.0)
     assert best.loss < 0.9 * rows.loss
     for k in {s.neighbours for s in asked}:  # the largest scale that is near enough
-        near = [s.scale for s in scores if s.neighbours == k and s.farther <= 0]
-        assert [s.scale for s in asked if s.neighbours == k] == [max(near)]
+        (chosen,) = [s.scale for s in asked if s.neighbours == k]
+        tried = [s for s in scores if s.neighbours == k and s not in asked]
+        assert all(s.scale < chosen for s in tried if s.farther <= 0)
+        assert all(s.scale > chosen for s in tried[-1:] if s.farther > 0)
     # A circle is left by chords: many neighbours at full width are farther from the data.
-    assert scores[-1].farther > 0.1
+    assert scores[-1].farther > 0.05
 
 
 def test_finished_samples_have_the_covariance_of_gaussian_conditioning():
@@ -50,7 +58,7 @@ def test_finished_samples_have_the_covariance_of_gaussian_conditioning():
     bank = LatentBank(torch.randn(12, 5, generator=torch.Generator().manual_seed(3)))
     smoothing, row, a = Smoothing(bank, 3, 0.8, progress=False), 4, 0.6
     s = 1 - a
-    made = _finished(smoothing, torch.full((200_000,), row), a, seed=0)
+    made = _finished(smoothing, torch.tensor([row]), 200_000, a, seed=0)[0]
     x = bank.take(torch.arange(12))
     half = (0.8 / math.sqrt(3)) * (x[smoothing.index[row].long()] - x[row])
     prior = half.T @ half
@@ -59,6 +67,44 @@ def test_finished_samples_have_the_covariance_of_gaussian_conditioning():
     assert torch.allclose(made.mean(0), x[row], atol=5e-3)
     assert torch.allclose(torch.cov(made.T), expected, atol=5e-3)
     assert prior.trace() > 1.2 * expected.trace()  # wide directions are held
+
+
+@pytest.mark.parametrize(
+    ("farther", "scale"),
+    [
+        ([-1.0, -0.5, 0.5], 1.5),
+        ([-1.0, -0.5, -0.1], 2.0),
+        ([0.1, 0.2, 0.3], None),
+        ([0.0, 0.2, 0.3], 0.5),
+        ([0.1, -0.3, 0.1], 1.75),
+    ],
+)
+def test_the_scale_is_where_samples_are_as_near_as_rows(farther, scale):
+    found = [SmoothingScore(8, g, f) for g, f in zip((0.5, 1.0, 2.0), farther, strict=True)]
+    assert _largest_near(found) == scale
+
+
+def test_a_distance_is_that_of_all_pairs():
+    bank = LatentBank(plane(60, dim=5))
+    for fold in _folds(bank, 0.5, seed=0):
+        rows = fold.rest.take(fold.rows)
+        assert len(rows) == len(fold.rest)
+        to_held_out = torch.cdist(rows, fold.x1.double()).mean()
+        expected = 2 * to_held_out - torch.cdist(rows, rows).mean()
+        found = fold.distance(rows[:, None].expand(-1, fold.each, -1))
+        assert found == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_distances_hardly_depend_on_folds_and_noise():
+    """They are compared with 0, and once decided about a setting by their noise."""
+    x, label = rings(100)
+    bank = LatentBank(x, label)
+    found = [
+        cross_validated(bank, 0.4, [8], [0.5, 1.0], seed=seed, progress=False)[1:]
+        for seed in range(4)
+    ]
+    farther = torch.tensor([[s.farther for s in tried if s.scale in (0.5, 1)] for tried in found])
+    assert farther.std(0).max() < 0.004  # 0.0083 with samples of random rows
 
 
 def test_copies_of_a_row_are_in_its_fold_and_noise_is_shared():

@@ -1,6 +1,7 @@
 """Smoothing where a scheme goes: which samples are drawn anew, and what they are trained on."""
 
 import copy
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
@@ -23,6 +24,7 @@ from stagewise import (
     StageBoundary,
     StageCurve,
     StageTarget,
+    sources,
 )
 from stagewise.adapters import diffusers_target
 from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
@@ -283,6 +285,46 @@ def test_in_a_trainer(matched, make, make_trainer, make_loader, lightning_log, r
     assert [text for text in told if "not what is trained on" in text or "no rows" in text] == []
 
 
+class DrawnAgain(torch.utils.data.Dataset):
+    """Samples that differ a little each time, with label and position."""
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        return ROWS[i] + 0.01 * torch.randn(6), i % 4, i
+
+
+class Told(Lossy):
+    """Trains a matcher on them, and says which row each stands for."""
+
+    def training_step(self, batch, batch_idx):
+        x1, _, i = batch
+        with sources(self.place[i]) if self.place is not None else nullcontext():
+            t, xt, u = self.matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+        return (self.net(torch.cat([xt, t[:, None]], 1)) - u).square().mean()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_in_a_trainer_with_samples_that_are_drawn_again(known, make_trainer):
+    cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
+    bank = LatentBank(ROWS, torch.arange(60) % 4)
+    module = Told(cfm.ConditionalFlowMatcher(0.0))
+    module.place = bank.index.argsort() if known else None
+    steers = StageScheme(Scheme.two_stage, bank=bank, read_batch=lambda batch: batch[:2])
+    trainer = make_trainer(steers, max_steps=6)
+    loader = torch.utils.data.DataLoader(DrawnAgain(), 20, shuffle=True)
+    if not known:
+        with pytest.raises(ValueError, match=r"with stagewise\.sources\(i\):"):
+            trainer.fit(module, loader)
+        return
+    trainer.fit(module, loader)
+    drawn = steers.scheme.drawn
+    gap = drawn.before - bank.take(drawn.source)
+    assert gap.abs().max() < 0.1
+    assert ((drawn.x1 - drawn.before).abs().amax(1) > 0).tolist() == (drawn.strength > 0).tolist()
+
+
 @pytest.mark.usefixtures("quick_figures")
 def test_a_resumed_run_smooths_from_the_same_boundary_on(make_trainer, make_loader, tmp_path):
     loader = make_loader(ROWS, batch_size=20)
@@ -312,6 +354,8 @@ def test_bad_input(bank, smoothing, oracle):
     assert "x1 = scheme.smooth" in refusal(lambda: diffusers_target(xt, x1, x0, 1 - T, scheme))
     assert "the `source` of each" in refusal(lambda: scheme.smooth(x1 + 1, t=T))
     drawn = scheme.smooth(x1, t=T)
+    message = refusal(lambda: scheme.smooth(drawn, t=torch.zeros(8)))  # also where none moves
+    assert "Smooth once: x1 = scheme.smooth(x1, t=t)" in message
     other = scheme.path.interpolate(x0, drawn, 1 - T)
     message = refusal(lambda: scheme(drawn - x0, xt=other, t=T, x1=drawn))
     assert "They fit if time 1 is noise" in message
@@ -321,7 +365,10 @@ def test_bad_input(bank, smoothing, oracle):
     assert "collapsed end" in refusal(lambda: unknown.set_boundary(0.4))
     assert "collapsed end" in refusal(lambda: Scheme(smoothing=smoothing, boundary=0.4))
     assert "Smoothing(bank)" in refusal(lambda: Scheme(smoothing=8), TypeError)
-    assert "Smoothing(bank)" in refusal(lambda: Scheme(strength=torch.ones_like))
+    for strength in (torch.ones_like, 0.5):  # there is nothing that it could apply to
+        assert "Smoothing(bank)" in refusal(lambda s=strength: Scheme(strength=s))
+    message = refusal(lambda: Scheme(smoothing=smoothing, strength=0.5), TypeError)
+    assert "got 0.5: strength=lambda t: (t >= 0.7)" in message
     assert "other rows" in refusal(
         lambda: Scheme(Oracle(LatentBank(ROWS + 1)), target=Mix(), smoothing=smoothing)
     )

@@ -883,6 +883,9 @@ def test_what_is_said_at_construction(bank):
         StageScheme(Mix())
     with pytest.raises(ValueError, match="a scheme or its parts, got both"):
         StageScheme(lambda oracle: Scheme(oracle), target=Mix())
+    for useless in ({"engine": Exact()}, {"certificate": "a.certificate"}):
+        with pytest.raises(ValueError, match=r"would change nothing.*Oracle\(bank, engine="):
+            StageScheme(Scheme(Oracle(bank), target=Mix()), **useless)
 
 
 def test_a_path_other_than_the_makers(fit, bank):

@@ -6,6 +6,7 @@ any loop, and log nothing.
 
 from stagewise.schemes.phases import Phase, Phases, mixes, parts
 from stagewise.schemes.scheme import Scheme
+from stagewise.schemes.sources import sources
 from stagewise.schemes.state import SchemeRecord
 
-__all__ = ["Phase", "Phases", "Scheme", "SchemeRecord", "mixes", "parts"]
+__all__ = ["Phase", "Phases", "Scheme", "SchemeRecord", "mixes", "parts", "sources"]

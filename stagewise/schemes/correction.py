@@ -283,7 +283,8 @@ def _rows(
     if source is None:
         raise ValueError(
             "Expected `source` with Sharded(), as a rank cannot find rows of other ranks: the "
-            "number of each x1 over all ranks, with x1 exactly as it is stored."
+            "number of each x1 over all ranks, with x1 exactly as it is stored: with "
+            "stagewise.sources(rows): around the step."
         )
     return source, source
 

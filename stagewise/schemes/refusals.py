@@ -36,6 +36,7 @@ def check_settings(
     oracle: Oracle | None,
     timesteps: object,
     target: object,
+    weight: object,
     class_wise: object,
     on_missing: object,
     path: Path | None,
@@ -45,15 +46,15 @@ def check_settings(
 ) -> None:
     """Refuses settings of a `Scheme` that are wrong or contradict each other."""
     kinds: tuple[tuple[str, object, type, str], ...] = (
+        ("oracle", oracle, Oracle, "Oracle(bank)"),
         ("target", target, Target, 'Mix("boundary")'),
         ("timesteps", timesteps, TimestepSampler, "LogitNormal()"),
         ("smoothing", smoothing, Smoothing, "Smoothing(bank)"),
     )
     for name, value, kind, example in kinds:
         if value is not None and not isinstance(value, kind):
-            raise TypeError(
-                f"Expected `{name}` to be a {kind.__name__} such as {example}, got {value!r}."
-            )
+            what = f"{'an' if kind is Oracle else 'a'} {kind.__name__} such as {example}"
+            raise TypeError(f"Expected `{name}` to be {what}, got {value!r}.")
     held = None if oracle is None or oracle.condition else oracle.bank.conditions
     if target is not None and held is not None and class_wise is not False:
         raise unknown_conditions("a bank with conditions, and no kernel on them")
@@ -72,13 +73,24 @@ def check_settings(
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.')
     if on_missing not in ("insert", "error"):
         raise ValueError(f'Expected `on_missing` "insert" or "error", got {on_missing!r}.')
+    if on_missing == "error" and target is None:
+        raise ValueError(
+            'Expected a target for on_missing="error", got none: without one no sample is looked '
+            "up in the bank. Leave it out, or give one: "
+            'Scheme(oracle, target=Mix(), on_missing="error").'
+        )
     if isinstance(smoothing, Smoothing) and oracle is not None:
         smoothing.check(oracle)
     if strength is not None and smoothing is None:
         raise ValueError(
             "Expected a smoothing for the `strength`, got none: "
-            "Scheme(smoothing=Smoothing(bank), strength=...)."
+            "Scheme(smoothing=Smoothing(bank), strength=lambda t: (t >= 0.7).float())."
         )
+    functions = (("weight", weight, "t"), ("strength", strength, "(t >= 0.7).float()"))
+    for name, value, example in functions:
+        if value is not None and not callable(value):
+            cure = f"{name}=lambda t: {example}"
+            raise TypeError(f"Expected `{name}` to be a function of t, got {value!r}: {cure}.")
     if oracle is not None and path is not None and not same_path(path, oracle.path):
         raise ValueError(
             f"Expected the path of the oracle, {unlike(oracle.path, path)}. Give one of them."
@@ -233,7 +245,7 @@ def check_rows(
             f"{share:.0%} of the samples in the first step are rows of the bank under another "
             "condition, and each of them is added to its rows. Random captions, noisy "
             "observations? Give the bank a row for each, LatentBank(x, conditions=c), or the "
-            "`source` of each sample, which then replaces its row."
+            "`source` of each sample (`stagewise.sources`), which then replaces its row."
         )
     if bank.pairs is None:
         gap = distance_from_rows(bank, others)
@@ -241,8 +253,9 @@ def check_rows(
     return (
         f"{share:.0%} of the samples in the first step are no rows of the bank, and each of them "
         f"is added to its rows{off_by}. Flips, augmentation, another VAE sample or another data "
-        "set? Build the bank from the training samples; give the `source` of resampled latents, "
-        'which then replace their row; or refuse them: Scheme(on_missing="error").'
+        "set? Build the bank from the training samples; give the `source` of resampled latents "
+        "(`stagewise.sources`), which then replace their row; or refuse them: "
+        'Scheme(on_missing="error").'
     )
 
 

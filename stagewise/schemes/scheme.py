@@ -26,6 +26,7 @@ from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct, runs_kernel
 from stagewise.schemes.first_call import check_first
 from stagewise.schemes.refusals import check_density, check_settings, near_rows
+from stagewise.schemes.sources import told_sources
 from stagewise.schemes.state import SchemeRecord, SchemeState
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
@@ -86,7 +87,8 @@ class Scheme(SchemeState):
         draws_timesteps: Whether `timesteps` was given and calls are part of training.
 
     Raises:
-        ValueError: For settings that contradict each other, with the cure.
+        ValueError: For settings that contradict each other or have no effect, with the cure.
+        TypeError: For settings of another kind.
 
     Example:
         >>> import torch
@@ -118,7 +120,7 @@ class Scheme(SchemeState):
         strength: Strength | None = None,
     ) -> None:
         check_settings(
-            *(oracle, timesteps, target, class_wise, on_missing, path),
+            *(oracle, timesteps, target, weight, class_wise, on_missing, path),
             preserve_objective=preserve_objective,
             smoothing=smoothing,
             strength=strength,
@@ -218,7 +220,7 @@ class Scheme(SchemeState):
                 default the class of the row that x_1 equals.
             mask: Which numbers count, (B, *), as in `Oracle.posterior`. Others do not change.
             source: The row of the bank that each x_1 stands for, (B,), negative for none. Default:
-                the row that x_1 equals. Give it if x_1 is resampled.
+                as `sources` says, or the row that x_1 equals. Give it if x_1 is resampled.
             condition: What the model is given, (B, *), before dropping, for a `ConditionedOracle`.
             prediction: The kind of `y`, default that of the convention, the velocity.
 
@@ -298,7 +300,8 @@ class Scheme(SchemeState):
         return self._smoothed.source_of(x1, t, source, first=self.last is None)
 
     def _near(self, x1: Tensor, source: Tensor | None) -> Tensor | None:
-        """The rows of samples that an encoder made, if they are not given."""
+        """The rows of samples: given, told by `sources`, or those that an encoder made them of."""
+        source = told_sources() if source is None else source
         return near_rows(self, x1) if source is None and self.encoded is not False else source
 
     @property

@@ -83,8 +83,14 @@ class Smoothed:
             collapsed: The collapsed boundary, or None.
 
         Raises:
-            ValueError: As `Smoothing.draw`.
+            ValueError: If the samples are smoothed already; else as `Smoothing.draw`.
         """
+        if self.drawn is not None and x1 is self.drawn.x1:
+            raise ValueError(
+                "Expected rows of the bank to smooth, got the samples that this scheme has drawn "
+                "already. Smooth once: x1 = scheme.smooth(x1, t=t); u, w = scheme(x1 - x0, xt=xt, "
+                "t=t, x1=x1). FlowMatchingLoss and StageScheme do it themselves."
+            )
         source = self.smoothing.source_of(x1, source)
         generator = torch.Generator(x1.device).manual_seed(seed)
         share = strength_at(x1, t, self._edge(collapsed), self.strength)

@@ -33,7 +33,7 @@ def sources(rows: Tensor) -> Iterator[None]:
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank, Scheme, Smoothing
+        >>> from stagewise import LatentBank, Scheme, Smoothing, sources
         >>> x = torch.randn(60, 6)
         >>> smoothing = Smoothing(LatentBank(x), progress=False)
         >>> scheme = Scheme(smoothing=smoothing, strength=torch.ones_like)

@@ -513,6 +513,7 @@ def compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_module_trains_with_an_objective_that_mixes(compiled):
     class Step(nn.Module):
         def __init__(self, scheme):

@@ -163,6 +163,7 @@ def interpreted(request):
     return json.loads(by_interpreter(*map(str, request.param)))
 
 
+@pytest.mark.slow
 def test_equal_rows_near_ones_and_paths():
     by_interpreter("corners")
 

@@ -193,7 +193,7 @@ def refusals(bank, x1, t, labels):
             bank.report(torch.full((1,), KNOWN))
 
 
-@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.slow), 1])
 def interpreted(request):
     """A shape, and `errors` of it with the kernels run on the CPU."""
     run = subprocess.run(

@@ -780,6 +780,7 @@ def test_what_cannot_be_compared_is_one_line(pair, tmp_path, monkeypatch):
             page.main()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures_are_drawn")
 def test_a_browser_opens_it_without_a_word(run, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")

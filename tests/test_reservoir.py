@@ -57,7 +57,7 @@ def scores(target_of, *, replicates=400):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("wise", [False, True])
+@pytest.mark.parametrize("wise", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_mean_gradient_is_the_plain_one(wise):
     def target_of(batches, u, xt, t):
         reservoir = Reservoir(SIZE)

@@ -31,6 +31,7 @@ from stagewise.batches import find_sample
 from stagewise.callbacks import figures, velocity_figures, writer
 from stagewise.engines import fused
 from stagewise.losses import FlowMatchingLoss
+from stagewise.stages import StageCurve
 
 DIM = 6
 
@@ -420,6 +421,13 @@ def read_stages():
         return header, probes
 
     return read
+
+
+@pytest.fixture(autouse=True)
+def quick_intervals(request, monkeypatch):
+    """A tenth of the bootstrap replicates, where no interval is tested, or compared with a file."""
+    if request.path.stem not in ("test_stages", "test_callback_checkpoint"):
+        monkeypatch.setitem(StageCurve.boundary.__kwdefaults__, "replicates", 20)
 
 
 @pytest.fixture

@@ -406,7 +406,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(tmp_path, latents):
 @pytest.mark.slow
 def test_sit_s_is_killed_resumed_and_sampled(tmp_path):
     latents = make_latents(tmp_path / "made", 400, (4, 32, 32), 10)
-    _killed_and_resumed(tmp_path, latents, [], 6, 5, 2)
+    _killed_and_resumed(tmp_path, latents, [], 3, 2, 1)
     places = [str(tmp_path / "cut"), "--out", str(tmp_path / "samples")]
     sample.run(sample.parse([*places, "--count", "20", "--steps", "2"]))
     with np.load(tmp_path / "samples/latents.npz", allow_pickle=False) as made:

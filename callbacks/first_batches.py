@@ -17,8 +17,9 @@ from stagewise.adapters.encoding import STALE
 from stagewise.adapters.lines import where
 from stagewise.batches import describe, unused_in
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
+from stagewise.callbacks.target_maker import schemes_of
 from stagewise.masks import compared_within, fitted, require_same_masks
-from stagewise.schemes import Phases, Scheme, mixes, parts
+from stagewise.schemes import mixes, parts
 from stagewise.schemes.refusals import tell_rounding
 
 if TYPE_CHECKING:
@@ -201,9 +202,3 @@ def _mixed(run: StageRun, x1: Tensor) -> tuple[bool, Tensor | None]:
         if last is not None and last.x1.shape == x1.shape and torch.equal(last.x1, x1):
             return True, last.added
     return not any(map(mixes, schemes)), None
-
-
-def schemes_of(run: StageRun) -> list[Scheme | Phases]:
-    """What steers the training: schemes of callbacks, and those that target makers hold."""
-    own = (getattr(maker.place.object, "scheme", None) for maker in run.makers)
-    return [*run.look.schemes, *(one for one in own if isinstance(one, Scheme | Phases))]

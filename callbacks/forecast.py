@@ -13,9 +13,9 @@ from typing_extensions import Unpack, override
 
 from stagewise.adapters.objective import Objective
 from stagewise.bank import LatentBank
-from stagewise.callbacks.first_batches import schemes_of
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
+from stagewise.callbacks.target_maker import schemes_of
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 from stagewise.forecast import (
     SmoothingForecast,

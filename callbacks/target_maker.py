@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stagewise.callbacks.run import StageRun
     from stagewise.callbacks.stage_scheme import StageScheme
 
-__all__ = ["maker_for", "own_scheme", "refuse_engine", "refuse_second", "trained_on"]
+__all__ = ["maker_for", "own_scheme", "refuse_engine", "refuse_second", "schemes_of", "trained_on"]
 
 
 def maker_for(
@@ -70,6 +70,16 @@ def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:
             )
 
 
+def schemes_of(run: StageRun) -> list[Scheme | Phases]:
+    """What steers a training: schemes of callbacks, of target makers, and held by the module."""
+    # A regularizer has a scheme for its own term, not for the target.
+    others = (m for m in run.module.modules() if not isinstance(m, OracleRegularizer))
+    held = [value for module in others for value in vars(module).values()]
+    own = [getattr(maker.place.object, "scheme", None) for maker in run.makers]
+    found = (one for one in [*run.look.schemes, *own, *held] if isinstance(one, Scheme | Phases))
+    return list({id(one): one for one in found}.values())
+
+
 def trained_on(run: StageRun) -> dict[str, Any]:
     """What a module is trained on, and whether a scheme steers it; empty with a `StageScheme`.
 
@@ -77,11 +87,7 @@ def trained_on(run: StageRun) -> dict[str, Any]:
     """
     if any(member.steers for member in run.members):
         return {}
-    # A regularizer has a scheme for its own term, not for the target.
-    others = (m for m in run.module.modules() if not isinstance(m, OracleRegularizer))
-    held = (value for module in others for value in vars(module).values())
-    found = [*map(own_scheme, run.makers), *held]
-    schemes = list({id(one): one for one in found if isinstance(one, Scheme | Phases)}.values())
+    schemes = schemes_of(run)
     if schemes:
         return {"trained_on": "; ".join(map(in_words, schemes)), "steered": True}
     known = run.makers and all(isinstance(maker, Objective) for maker in run.makers)

@@ -22,7 +22,7 @@ from stagewise import (
     StageAware,
     StageTarget,
 )
-from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor, Watch
+from stagewise.callbacks import Forecast, PosteriorMonitor, StageScheme, VelocityErrorMonitor, Watch
 from stagewise.losses import FlowMatchingLoss, OracleRegularizer
 from stagewise.schemes.words import in_words
 from stagewise.stages import StageBoundary
@@ -48,6 +48,7 @@ def test_every_part_of_a_scheme_has_its_words():
             oracle, target=Mix(Concentration())
         ),
         "the target of ReferenceSet at all t": Scheme(oracle, target=ReferenceSet(8)),
+        "the plain target, weights of a function of t": Scheme(weight=lambda t: t),
         "the plain target, t drawn by StageAware, weights of MinSNR, weighted as if t were "
         "uniform": Scheme(timesteps=StageAware(0.3), weight=MinSNR(), preserve_objective=True),
         f"the oracle's target up to t = 0.380, {late}, smoothed rows (8 neighbours) after "
@@ -118,14 +119,17 @@ def test_files_say_what_was_trained_on(kind, tmp_path):
         model.regularizer = OracleRegularizer(own.oracle)
     monitors = [PosteriorMonitor(strata=4, queries=4), VelocityErrorMonitor(queries=4, strata=4)]
     steer = [StageScheme(target=Mix("boundary"), boundary=0.25)] * (kind == "callback")
-    found = headers(model, tmp_path, *monitors, *steer)
+    forecast = Forecast(every_n_steps=2)
+    found = headers(model, tmp_path, *monitors, forecast, *steer)
+    advised = {"which this training has" not in one["targets"] for one in forecast.history}
+    assert advised == {kind in ("by hand", "plain")}
     words = "the oracle's target up to t = 0.250, the plain target after it"
     said = {name: (one.get("trained_on"), one.get("steered")) for name, one in found.items()}
     if kind == "callback":
         assert said.pop("stagewise_scheme")[0] == words
         assert set(said.values()) == {(None, None)}
         return
-    assert len(said) == 2
+    assert len(said) == 3
     expected = {
         "by hand": ("the target of its own step; no scheme was found in the module", False),
         "plain": ("the plain target", False),

@@ -52,4 +52,5 @@ def _at(t: float | None, unknown: str) -> str:
 
 def _name(part: object) -> str:
     """The name of a function, or of the class of an object."""
-    return getattr(part, "__name__", type(part).__name__)
+    name: str = getattr(part, "__name__", type(part).__name__)
+    return "a function of t" if name == "<lambda>" else name

@@ -666,3 +666,47 @@ def test_only_rows_that_can_matter_are_read_again(monkeypatch):
     torch.testing.assert_close(post.weights, exact.weights, rtol=1e-6, atol=1e-9)
     assert set(post.rows[0, :2].tolist()) == {0, 1}
     assert 0.4 < post.weights[0, 1] < 0.5
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("settings", [{"dtype": torch.bfloat16}, {"dtype": torch.float16}, {}])
+def test_rows_that_are_converted_are_read_once(monkeypatch, settings, chunk_size):
+    """Those of a class, for one query each, in navigation and near the data."""
+    read = []
+    chunks = LatentBank.chunks
+
+    def counted(bank, segment, *rest):
+        read.append(segment)
+        return chunks(bank, segment, *rest)
+
+    g = torch.Generator().manual_seed(3)
+    spread = torch.linspace(0.3, 2, 40).repeat_interleave(30)[:, None]
+    # Rows far from the origin: those of 32 bits are centred before they are multiplied.
+    x = 5 + spread * torch.randn(1200, 300, generator=g)
+    bank = LatentBank(x, torch.arange(40).repeat_interleave(30), **settings)
+    labels = torch.randperm(40, generator=g)
+    t = torch.linspace(0, 0.999, 40) ** 3
+    xt = LinearPath().interpolate(torch.randn(40, 300, generator=g), bank.take(30 * labels), t)
+    exact = Oracle(bank, engine=Exact("float64")).posterior(xt, t, labels)
+    monkeypatch.setattr(LatentBank, "chunks", counted)
+    # Without the check, which reads the rows of a doubtful query again.
+    engine = Exact("float32", chunk_size=chunk_size)
+    post = Oracle(bank, engine=engine).posterior(xt, t, labels)
+    assert len(read) == 40
+    off = (post.mean - exact.mean).norm(dim=1) / (exact.mean - bank.centre).norm(dim=1)
+    assert off.max() < 1e-6
+    assert 10 < (exact.ess > 10).sum() < 30  # navigation
+
+
+def test_rows_of_a_table_are_not_those_of_the_class():
+    """One query for each class, whose rows are converted: only those in its table are summed."""
+    g, labels = torch.Generator().manual_seed(4), torch.arange(4)
+    each = labels.repeat_interleave(100)
+    bank = LatentBank(torch.randn(400, 64, generator=g), each, dtype=torch.bfloat16)
+    xt, t = torch.randn(4, 64, generator=g), torch.full((4,), 0.02)
+    table = 100 * labels[:, None] + torch.arange(20)
+    post = Exact().solve(bank, Oracle(bank).queries(xt, t, labels), 1, table=table)
+    some = Oracle(LatentBank(bank.take(table.flatten()), each[::5]), engine=Exact("float64"))
+    torch.testing.assert_close(
+        post.mean, some.posterior(xt, t, labels).mean.double(), rtol=1e-6, atol=1e-6
+    )

@@ -62,10 +62,6 @@ _LEAST = 1e-18
 _DUST = 1e-18
 """A row of less weight adds less than rounding."""
 
-_WIDE = 0.25
-"""Noise level above which a mean may be summed in float32 without effect on the velocity, for rows
-whose distances are about as large as their norms."""
-
 _WEIGHT, _SUM = 3.0, 16.0
 """Rounding errors of a weight, and of a sum of weighted rows, in units of that of a product."""
 
@@ -198,11 +194,16 @@ class Exact(Engine):
             mean = found.moment(leading.columns, leading.shares)
             mean += found.product(leading.rest, total=leading.tail)
             return replace(leading.post, mean=mean)
-        told = indices_of(torch.cat([leading.tail > NOTHING, _wide(found)]))
+        told = indices_of(torch.cat([leading.tail > NOTHING, found.wide]))
         needed, wide = ({i - n for i in told if n <= i < n + count} for n in (0, count))
         spread, tails = sorted(needed & wide), sorted(needed - wide)
         narrow = sorted(set(range(count)).difference(spread))
         mean = torch.empty_like(queries.xt)
+        if ahead := [query for query in spread if query in found.ahead]:
+            index = queries.place(ahead)
+            lead = leading.columns[index], leading.shares[index], leading.scale[index]
+            mean[index] = found.summed(ahead, *lead)
+            spread = [query for query in spread if query not in found.ahead]
         if spread:
             # If it is nearly all queries, a product for all is cheaper than selecting them.
             some = list(range(count)) if len(narrow) < count / 16 else spread
@@ -240,6 +241,7 @@ class Leading:
         weights: Weights of all rows, (B, width), in the dtype of the logits.
         tail: The sum of the weights that do not lead, (B,), float64.
         squares: The sum of their squares, (B,), float64.
+        scale: Weights that do not lead are `scale exp(logits)`, (B,), float64.
         error: Estimated error of the mean by the logits of the tail, in units of the rows' radius,
             (B,).
     """
@@ -251,6 +253,7 @@ class Leading:
     weights: Tensor
     tail: Tensor
     squares: Tensor
+    scale: Tensor
     error: Tensor
 
     @property
@@ -281,10 +284,11 @@ class Leading:
             # Either the logits of the tail are nearly right, or they are too small to matter.
             error = (delta * squares.sqrt() * (16 * delta).exp()).nan_to_num(torch.inf)
             error = torch.minimum(error, width * (after[:, 0] + 16 * delta).exp())
-        weights.mul_((1 / total).to(weights.dtype)[:, None])
+        scale = 1 / total
+        weights.mul_(scale.to(weights.dtype)[:, None])
         weights.scatter_(1, columns, shares.to(weights.dtype))
         followers = columns[:, count:]
-        return cls(post, lead, shares[:, :count], followers, weights, tail, squares, error)
+        return cls(post, lead, shares[:, :count], followers, weights, tail, squares, scale, error)
 
 
 def in_blocks(
@@ -359,7 +363,7 @@ def _error(found: LogWeights, leading: Leading, post: Posterior) -> Tensor:
     length = (post.mean - found.origin - found.shift).norm(dim=1)
     length = length * found.queries.path.sigma.clamp_max(1)
     spread = found.bank.mean_sq_norm.to(length.device).sqrt()
-    wide, (unit, _) = _wide(found), rounding(found.dtype, found.bank.dim)
+    wide, (unit, _) = found.wide, rounding(found.dtype, found.bank.dim)
     squares = torch.where(wide, 1 / leading.post.ess, leading.squares)
     share = torch.where(wide, 1, leading.tail).square()
     # The partial sums are rounded: at random, or in one direction.
@@ -370,9 +374,3 @@ def _error(found: LogWeights, leading: Leading, post: Posterior) -> Tensor:
     rounded = unit * (_WEIGHT * spread * squares.sqrt() + _SUM * sums)
     error = leading.error * spread + torch.where(leading.tail > NOTHING, rounded, 0)
     return torch.where(error > 0, error / length, 0)
-
-
-def _wide(found: LogWeights) -> Tensor:
-    """Where leading rows may be summed in float32 without effect on the velocity, (B,)."""
-    bank = found.bank
-    return found.queries.path.sigma.clamp_max(1) * bank.radius >= _WIDE * bank.max_norm

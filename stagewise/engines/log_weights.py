@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
-from stagewise.posterior import NO_ROW
+from stagewise.posterior import NO_ROW, UNDERFLOW
 from stagewise.products import averages, rounding, scores
-from stagewise.queries import Queries
+from stagewise.queries import Queries, indices_of
 
 __all__ = ["CACHED", "LogWeights"]
 
@@ -43,6 +43,10 @@ _CENTRED = 2**20
 _KEPT = 2**30
 """Bytes of rows that stay on a device, once moved, for the second product."""
 
+_WIDE = 0.25
+"""Noise level above which a mean may be summed in float32 without effect on the velocity, for rows
+whose distances are about as large as their norms."""
+
 
 class LogWeights:
     """The log-weights of all rows for some queries, or of those in a table.
@@ -60,6 +64,9 @@ class LogWeights:
         delta: Standard deviation of a product's error for a row of norm 1, (B,), float64.
         growth: What a product of size 1 adds to `delta`.
         lifted: The sum of what was subtracted from the logits, (B,), float64.
+        wide: Where leading rows may be summed in float32 without effect on the velocity, (B,).
+        ahead: For queries that `summed` answers, of each chunk of rows: the largest logit p, and
+            `sum_i exp(l_i - p) x^(i)`, (1, D).
         origin: The difference of a sample from its row as it is multiplied, (D,), float64.
         shift: The bank's mean minus `origin`, (D,), float64.
     """
@@ -91,6 +98,8 @@ class LogWeights:
         u, self.growth = rounding(dtype, bank.dim)
         self.delta = u * length * path.alpha / path.sigma**2
         self.lifted = torch.zeros_like(self.delta)
+        self.wide = path.sigma.clamp_max(1) * bank.radius >= _WIDE * bank.max_norm
+        self.ahead: dict[int, list[tuple[Tensor, Tensor]]] = {}
         multiply = self._dense if table is None else self._gathered
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         rows = sum(segment.stop - segment.start for _, segment in queries.groups)
@@ -105,12 +114,20 @@ class LogWeights:
         query, half = query.to(wide), half_snr.to(wide)
         width = max(queries.sizes)
         logits: Tensor | None = None
+        # To convert a row costs more than to multiply it by one query: so that is done once.
+        copied = device.type == "cpu" and (self._centred or self.dtype != bank.dtype)
+        once = copied and self.table is None and not self.whole
+        early = set(indices_of(self.wide)) if once else ()
         for at, segment in queries.groups:
             index = queries.place(at)
             q, h = query[index], half[index]
             for first, rows in self._chunks(segment, device):
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
+                if len(at) == 1 and at[0] in early:
+                    peak = part.amax()
+                    own = (part - peak).clamp_min_(UNDERFLOW).exp_()
+                    self.ahead.setdefault(at[0], []).append((peak, averages(own, rows)))
                 if part.shape == (len(query), width):
                     return part
                 if logits is None:
@@ -261,6 +278,20 @@ class LogWeights:
                 return total
         for part, rows in self._rows_in_blocks(table):
             total[part] += torch.einsum("bn,bnd->bd", weights[part], rows.to(weights.dtype))
+        return total
+
+    def summed(self, at: Sequence[int], columns: Tensor, shares: Tensor, scale: Tensor) -> Tensor:
+        """`sum_i w_i x^(i)` for queries in `ahead`, (len(at), D), float64.
+
+        The weights are `shares` in some columns, (len(at), n), and `scale exp(logits)` in others.
+        """
+        given = self.logits[self.queries.place(at)].gather(1, columns).double().exp()
+        more = shares - scale[:, None] * given
+        total = self.moment(columns, more, at) + (1 - more.sum(1))[:, None] * self.origin
+        for line, query in enumerate(at):
+            peaks, sums = zip(*self.ahead[query], strict=True)
+            parts = (torch.stack(peaks).double() - self.lifted[query]).exp() * scale[line]
+            total[line] += parts @ torch.cat(sums).double()
         return total
 
     def product(

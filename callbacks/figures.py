@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -38,8 +39,8 @@ __all__ = [
     "draw_mean",
     "draw_spread",
     "grid_figure",
+    "heatmap",
     "heatmap_figure",
-    "is_image",
     "step_columns",
     "target_difference_figure",
 ]
@@ -51,24 +52,18 @@ _COPIED = "#D55E00"
 
 def draw_spread(axes: Axes, curve: StageCurve, statistic: str) -> None:
     """A statistic over t: its mean, and the middle half of the queries."""
-    t = curve.times.numpy()
-    low, high = (curve.quantile(statistic, q).numpy() for q in (0.25, 0.75))
-    axes.fill_between(t, low, high, color="0.78", lw=0, label="middle half of the samples")
-    axes.plot(t, curve.mean(statistic).numpy(), ".-", color=DATA, lw=1.5, ms=4, label="mean")
+    quartiles = (curve.quantile(statistic, q) for q in (0.25, 0.75))
+    label = "middle half of the samples"
+    axes.fill_between(curve.times, *quartiles, color="0.78", lw=0, label=label)
+    axes.plot(curve.times, curve.mean(statistic), ".-", color=DATA, lw=1.5, ms=4, label="mean")
 
 
 def draw_mean(axes: Axes, curve: StageCurve, statistic: str) -> None:
     """A statistic over t: its mean with two standard errors."""
     values = curve.statistic(statistic)
-    t, mean, error = curve.times, values.mean(1), 2 * values.std(1) / values.shape[1] ** 0.5
-    style: dict[str, Any] = {
-        "fmt": ".-",
-        "color": DATA,
-        "lw": 1.5,
-        "ms": 4,
-        "label": "mean, 2 standard errors",
-    }
-    axes.errorbar(t.numpy(), mean.numpy(), error.numpy(), **style)
+    error = 2 * values.std(1) / values.shape[1] ** 0.5
+    about: dict[str, Any] = {"label": "mean, 2 standard errors", "lw": 1.5, "ms": 4}
+    axes.errorbar(curve.times, values.mean(1), error, fmt=".-", color=DATA, **about)
 
 
 def concentration_figure(
@@ -101,7 +96,7 @@ def _of_posterior(
 ) -> tuple[Figure, Axes]:
     figure = new_figure()
     axes = figure.add_subplot()
-    time_axis(axes, curve.times.numpy())
+    time_axis(axes, curve.times.tolist())
     draw_boundary(axes, boundary, predicted)
     return figure, axes
 
@@ -116,6 +111,17 @@ def step_columns(steps: Sequence[int]) -> np.ndarray:
     return np.array([steps[0], *centres(steps), steps[-1]], dtype=float)
 
 
+def heatmap(
+    edges: Sequence[float] | np.ndarray, steps: Sequence[int], values: np.ndarray, **colours: Any
+) -> tuple[Figure, Axes, QuadMesh]:
+    """Values, (T, P), over t and the steps of P probes; also the axes and the mesh."""
+    figure = new_figure()
+    axes = figure.add_subplot(xlabel="training step")
+    time_axis(axes, centres(edges), which="y")
+    rows = np.clip(edges, *axes.get_ylim())
+    return figure, axes, axes.pcolormesh(step_columns(steps), rows, values, **colours)
+
+
 def heatmap_figure(
     steps: Sequence[int],
     edges: np.ndarray,
@@ -124,12 +130,7 @@ def heatmap_figure(
     about: str = "",
 ) -> Figure:
     """Mean top-1 weight, (P, T), over t and the steps of P probes, with the midpoint at each."""
-    figure = new_figure()
-    axes = figure.add_subplot(xlabel="training step")
-    time_axis(axes, centres(edges), which="y")
-    columns = step_columns(steps)
-    rows = np.clip(edges, *axes.get_ylim())
-    mesh = axes.pcolormesh(columns, rows, top1.T, vmin=0, vmax=1, cmap=MAGNITUDE)
+    figure, axes, mesh = heatmap(edges, steps, top1.T, vmin=0, vmax=1, cmap=MAGNITUDE)
     label = "midpoint of each probe"
     axes.plot(steps, midpoints, "w.-", lw=1, ms=5, label=label, clip_on=False)
     heading(axes, "Posterior concentration while training", about)
@@ -138,17 +139,11 @@ def heatmap_figure(
     return figure
 
 
-def is_image(shape: Sequence[int]) -> bool:
-    """Whether a sample of this shape can be shown: (1 or 3, H, W)."""
-    return len(shape) == 3 and shape[0] in (1, 3)
-
-
 def copies_figure(probes: Sequence[Event], about: str = "") -> Figure:
     """The share of copies by t_switch with its interval, coloured by step; probes ascend."""
     figure = new_figure()
-    axes = figure.add_subplot(
-        xlabel="t_switch   (0 = noise; the oracle before it, the model after)"
-    )
+    axes = figure.add_subplot()
+    axes.set_xlabel("t_switch   (0 = noise; the oracle before it, the model after)")
     colours = by_step([probe["step"] for probe in probes])
     for place, probe in enumerate(probes):
         colour = step_colour(colours, probe["step"])

@@ -78,7 +78,6 @@ class Forecast(ModelMonitor):
     charts = {"batch that oracle targets are worth": "/batch_fact"}
     probes = 4
     longest = 5000
-    held = (*ModelMonitor.held, "_errors")
 
     def __init__(
         self,
@@ -102,7 +101,6 @@ class Forecast(ModelMonitor):
         """Takes the bank."""
         super().start()
         self._errors = self.run.first(VelocityErrorMonitor)
-        self.try_velocity(*self.rows(2))
 
     def settle(self) -> None:
         """After the first forward pass: rows for the batches, header."""
@@ -112,7 +110,7 @@ class Forecast(ModelMonitor):
         if self._errors is None:
             self.say("smoothing is left out: it needs a VelocityErrorMonitor.")
         header = {"event": "forecasts", "network": self.describe(), "class_wise": self.wise}
-        self.open_files(header, self.history)
+        self.open_files(header)
 
     def renew(self) -> None:
         """Reads rows of the changed latents."""

@@ -78,7 +78,6 @@ class StageTransitions(StageCallback):
 
     order = 4
     charts = {"events (1 at their step)": "/"}
-    held = (*StageCallback.held, "_errors", "_posterior", "_monitors", "_rows")
 
     def __init__(
         self,
@@ -155,7 +154,7 @@ class StageTransitions(StageCallback):
         resumed = not self.renewed and self.stash is not None and run.began > 0
         # It tells a run without events from one that was not watched.
         header = {"event": "transitions", "kinds": self.event_kinds}
-        self.writer.start([header, *self.events], resumed=resumed or run.encoding is not None)
+        self.writer.start([header, *self.events], resumed=resumed or run.restarted)
         without = []
         if self._errors is None:
             without.append("navigation and memorization (needs VelocityErrorMonitor)")
@@ -163,8 +162,6 @@ class StageTransitions(StageCallback):
             without.append("a moved boundary (needs PosteriorMonitor and data to read again)")
         if without:
             self.say(f"cannot report {' and '.join(without)}")
-
-    restart = start
 
     def _steps_probed(self) -> list[int | None]:
         return [monitor.last for monitor in self._monitors]

@@ -54,7 +54,7 @@ def refuse_engine(given: list[Scheme], setting: object) -> None:
 
 
 def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:
-    """Refuses a second callback of the same target maker, scheme or name."""
+    """Refuses a second callback of the same target maker or scheme."""
     for other in (one for one in before if isinstance(one, type(callback))):
         one, two = callback.maker, other.maker
         same = one and two and one.place.object is two.place.object
@@ -62,11 +62,6 @@ def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:
             raise ValueError(
                 f"Two StageScheme callbacks, {other.name!r} and {callback.name!r}, steer the same: "
                 f"{callback._where()}. Use one: StageScheme(timesteps=..., target=..., weight=...)."
-            )
-        if other.name == callback.name:
-            raise ValueError(
-                f"Expected a name for each StageScheme, got two with {callback.name!r}, which "
-                "share tags, files and state. Give it: StageScheme(..., name=...)."
             )
 
 

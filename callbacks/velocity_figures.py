@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -47,7 +48,7 @@ from stagewise.callbacks.drawing import (
     step_colour,
     time_axis,
 )
-from stagewise.callbacks.figures import Event, step_columns
+from stagewise.callbacks.figures import Event, heatmap
 from stagewise.stages import StageCurve
 
 __all__ = [
@@ -138,19 +139,14 @@ def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, about: str = "")
     return _labelled(figure, "MSE of the velocity, per number", title, about)
 
 
-def _chosen(probes: Sequence[Event]) -> list[Event]:
-    """At most ten probes, spread evenly from the first to the last."""
-    places = np.linspace(0, len(probes) - 1, min(10, len(probes)))
-    return [probes[i] for i in sorted({round(float(place)) for place in places})]
-
-
 def dynamics_figure(
     edges: Edges, probes: Sequence[Event], key: str, ends: Ends, about: str = ""
 ) -> Figure:
     """A curve for each of at most ten steps of training, coloured by step (as Fig. 8)."""
     figure, axes, t = _over_time(edges, ends)
     colours = by_step([probe["step"] for probe in probes])
-    for probe in _chosen(probes):
+    places = np.linspace(0, len(probes) - 1, min(10, len(probes)))
+    for probe in (probes[place] for place in places.round().astype(int)):
         colour = step_colour(colours, probe["step"])
         axes.plot(t, np.array(probe["train"][key], float), color=colour, lw=1.5)
     if key == "conditional":
@@ -178,18 +174,14 @@ def _heatmap(
     ends: Ends,
     marks: Marks,
     **colours: Any,
-) -> tuple[Figure, Axes, np.ndarray, Any]:
-    """Values, (T, P), over t and step; also the axes, the edges of their rows, and the mesh."""
-    figure = new_figure()
-    axes = figure.add_subplot(xlabel="training step")
-    time_axis(axes, centres(edges), which="y")
-    rows = np.clip(edges, *axes.get_ylim())
-    mesh = axes.pcolormesh(step_columns([p["step"] for p in probes]), rows, values, **colours)
+) -> tuple[Figure, Axes, QuadMesh]:
+    """A `heatmap` with stages and marks."""
+    figure, axes, mesh = heatmap(edges, [probe["step"] for probe in probes], values, **colours)
     divide_stages(axes, ends)
     for step, name in marks:
         axes.axvline(step, color="w", lw=2.4)
         axes.axvline(step, color=HELD_OUT, lw=1.2, ls="-.", label=f"{name}, step {step}")
-    return figure, axes, rows, mesh
+    return figure, axes, mesh
 
 
 def error_heatmap(
@@ -200,7 +192,7 @@ def error_heatmap(
     positive = values[np.isfinite(values) & (values > 0)]
     low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
     norm = LogNorm(max(low, high / 1e3), max(high, low * 1.01))
-    figure, axes, _, mesh = _heatmap(edges, probes, values, ends, marks, norm=norm, cmap=MAGNITUDE)
+    figure, axes, mesh = _heatmap(edges, probes, values, ends, marks, norm=norm, cmap=MAGNITUDE)
     log_ticks(figure.colorbar(mesh, label="MSE(oracle velocity), training samples").ax.yaxis)
     heading(axes, "Oracle error while training", about)
     legend(figure)
@@ -220,11 +212,10 @@ def gap_heatmap(
     noise = np.isfinite(values) & ~np.stack([gap_is_clear(probe) for probe in probes], axis=1)
     clear = np.where(noise, np.nan, values)
     largest = np.nanmax(np.abs(clear), initial=0.05)
-    figure, axes, rows, mesh = _heatmap(
-        edges, probes, clear, ends, marks, norm=TwoSlopeNorm(0, -largest, largest), cmap="PuOr_r"
-    )
-    columns, grey = step_columns([probe["step"] for probe in probes]), np.where(noise, 0.0, np.nan)
-    axes.pcolormesh(columns, rows, grey, cmap=ListedColormap([NOISE]), zorder=0.5)
+    norm = TwoSlopeNorm(0, -largest, largest)
+    figure, axes, mesh = _heatmap(edges, probes, clear, ends, marks, norm=norm, cmap="PuOr_r")
+    cells, grey = mesh.get_coordinates(), np.where(noise, 0.0, np.nan)
+    axes.pcolormesh(*cells.transpose(2, 0, 1), grey, cmap=ListedColormap([NOISE]), zorder=0.5)
     figure.colorbar(mesh, label="share of the training error")
     label = "noise: less than 2 standard errors from 0 (by chance 1 in 20 is coloured)"
     axes.fill_between([], [], color=NOISE, label=label)

@@ -115,8 +115,6 @@ class Watch(Host):
         self.known, self.global_step = (self.module, target), 0
         self._held_out, self._run = held_out_loader, StageRun(bank, **options)
         self.members = [*callbacks, self._run]
-        for callback in callbacks:
-            getattr(callback, "setup", lambda *_: None)(None, None, "fit")
         if len({member.state_key for member in self.members}) < len(self.members):
             raise ValueError(
                 "Expected a name for each of several callbacks of one kind, which share files and "
@@ -202,7 +200,7 @@ class Watch(Host):
 
     def __del__(self) -> None:
         if getattr(self, "_begun", False) and not sys.is_finalizing():
-            settled = getattr(self._run, "settled", False)  # otherwise an error has been raised
+            settled = self._run.settled  # otherwise an error has been raised
             self._run.close()
             if settled:
                 rank_zero_warn(

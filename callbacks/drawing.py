@@ -44,6 +44,7 @@ __all__ = [
     "counted",
     "divide_stages",
     "draw_boundary",
+    "finished",
     "heading",
     "in_order",
     "legend",
@@ -123,6 +124,13 @@ def legend(figure: Figure, ncols: int = 3, on: str = "none") -> None:
         style = {"ncols": ncols, "facecolor": on, "edgecolor": "none", "fontsize": 8}
         style["labelcolor"] = "black" if on == "none" else "white"
         figure.legend(found.values(), found.keys(), loc="outside lower center", **style)
+
+
+def finished(figure: Figure, title: str, about: str = "", **options: Any) -> Figure:
+    """A figure with heading and legend, whose options are in `options`."""
+    heading(figure.axes[0], title, about)
+    legend(figure, **options)
+    return figure
 
 
 # -- logarithmic axes -------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from stagewise.callbacks.drawing import (
     by_step,
     centres,
     draw_boundary,
-    heading,
-    legend,
+    finished,
     new_figure,
     step_colour,
     time_axis,
@@ -73,9 +72,8 @@ def concentration_figure(
     figure, axes = _of_posterior(curve, boundary, predicted)
     draw_spread(axes, curve, "top1")
     axes.set(ylabel="largest posterior weight", ylim=(0, 1.02))
-    heading(axes, "Posterior concentration: how far one row explains a noisy sample", about)
-    legend(figure)
-    return figure
+    title = "Posterior concentration: how far one row explains a noisy sample"
+    return finished(figure, title, about)
 
 
 def target_difference_figure(
@@ -86,9 +84,7 @@ def target_difference_figure(
     draw_mean(axes, curve, "target_difference")
     axes.set(ylabel="MSE(conditional, oracle velocity)")
     axes.set_ylim(bottom=0)
-    heading(axes, "The floor: the part of the loss that no model can remove", about)
-    legend(figure)
-    return figure
+    return finished(figure, "The floor: the part of the loss that no model can remove", about)
 
 
 def _of_posterior(
@@ -133,10 +129,8 @@ def heatmap_figure(
     figure, axes, mesh = heatmap(edges, steps, top1.T, vmin=0, vmax=1, cmap=MAGNITUDE)
     label = "midpoint of each probe"
     axes.plot(steps, midpoints, "w.-", lw=1, ms=5, label=label, clip_on=False)
-    heading(axes, "Posterior concentration while training", about)
-    legend(figure, on="0.4")
     figure.colorbar(mesh, label="mean largest posterior weight")
-    return figure
+    return finished(figure, "Posterior concentration while training", about, on="0.4")
 
 
 def copies_figure(probes: Sequence[Event], about: str = "") -> Figure:
@@ -154,9 +148,8 @@ def copies_figure(probes: Sequence[Event], about: str = "") -> Figure:
         axes.fill_between(probe["t_switch"], low, high, color=colour, alpha=0.15, lw=0)
     top = max([0.2, *(high for probe in probes for high in probe["high"] if high is not None)])
     axes.set(ylabel=f"share of copies (d1/d2 < {COPY_RATIO:.2f})", ylim=(-0.02 * top, 1.04 * top))
-    heading(axes, "Copies of training rows among samples, with 95 % interval", about)
-    legend(figure, ncols=4)
-    return figure
+    title = "Copies of training rows among samples, with 95 % interval"
+    return finished(figure, title, about, ncols=4)
 
 
 class Column(NamedTuple):

@@ -25,7 +25,13 @@ from stagewise.stage_target import BY_HAND
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["Host", "TrainerHost"]
+__all__ = ["Host", "TrainerHost", "changes"]
+
+
+def changes(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+    """Whether an optimizer steps on a parameter of a module."""
+    own = {id(one) for one in module.parameters()}
+    return any(id(one) in own for group in optimizer.param_groups for one in group["params"])
 
 
 class Host:

@@ -18,7 +18,7 @@ from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.drawing import counted
 from stagewise.callbacks.monitor import Monitor, MonitorOptions
 from stagewise.callbacks.ranks import rank_zero_warn
-from stagewise.callbacks.writer import INTERVAL, by_time, chart, margin, tags_by_time
+from stagewise.callbacks.writer import by_time, chart, margin, tags_by_time
 from stagewise.engines import Engine
 from stagewise.masks import few_rows
 from stagewise.spectrum import predicted_boundary
@@ -262,7 +262,7 @@ class PosteriorMonitor(Monitor):
 
     @override
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        keys = [f"{key}{end}" for key in ("midpoint", "collapsed") for end in INTERVAL]
+        keys = [key for key in entry if key.startswith(("midpoint", "collapsed"))]
         scalars = {f"{self.name}/{key}": entry[key] for key in keys}
         scalars[f"{self.name}/predicted"] = self.predicted
         for statistic in STATISTICS:
@@ -325,7 +325,7 @@ class PosteriorMonitor(Monitor):
 
 def _in_words(entry: Mapping[str, Any], name: str, level: float) -> str:
     """A boundary with its interval, for the log."""
-    value, low, high = (entry[f"{name}{end}"] for end in INTERVAL)
+    value, low, high = (entry[f"{name}{end}"] for end in ("", "_low", "_high"))
     if math.isnan(value):
         return f"none ({name}: the largest weight is below {level} at all t)"
     if value == high:

@@ -151,11 +151,9 @@ class StageCallback(Callback):
         given: dict[str, Any] = {"bank": bank, **options}
         unknown = sorted(given.keys() - {"bank"} - RunOptions.__annotations__.keys())
         if unknown:
-            now = {"find": "read_batch", "seam": "target_maker"}.get(unknown[0])
-            renamed = f" It is now named {now}=." if now else ""
             raise TypeError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}.{renamed} Options of the "
-                f"run are: bank, {', '.join(RunOptions.__annotations__)}."
+                f"{type(self).__name__} has no argument {unknown[0]!r}. Options of the run are: "
+                f"bank, {', '.join(RunOptions.__annotations__)}."
             )
         _check(given)
         if given.get("convention") is not None:

@@ -37,6 +37,7 @@ from stagewise.callbacks.drawing import (
     by_step,
     centres,
     divide_stages,
+    finished,
     heading,
     in_order,
     legend,
@@ -113,12 +114,9 @@ def _over_time(edges: Edges, ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
 
 def _labelled(figure: Figure, ylabel: str, title: str, about: str) -> Figure:
     """A figure of errors from 0 on, with label, title and legend."""
-    axes = figure.axes[0]
-    axes.set(ylabel=ylabel)
-    axes.set_ylim(bottom=0)
-    heading(axes, title, about)
-    legend(figure)
-    return figure
+    figure.axes[0].set_ylabel(ylabel)
+    figure.axes[0].set_ylim(bottom=0)
+    return finished(figure, title, about)
 
 
 def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, about: str = "") -> Figure:
@@ -194,9 +192,7 @@ def error_heatmap(
     norm = LogNorm(max(low, high / 1e3), max(high, low * 1.01))
     figure, axes, mesh = _heatmap(edges, probes, values, ends, marks, norm=norm, cmap=MAGNITUDE)
     log_ticks(figure.colorbar(mesh, label="MSE(oracle velocity), training samples").ax.yaxis)
-    heading(axes, "Oracle error while training", about)
-    legend(figure)
-    return figure
+    return finished(figure, "Oracle error while training", about)
 
 
 def gap_heatmap(
@@ -219,9 +215,7 @@ def gap_heatmap(
     figure.colorbar(mesh, label="share of the training error")
     label = "noise: less than 2 standard errors from 0 (by chance 1 in 20 is coloured)"
     axes.fill_between([], [], color=NOISE, label=label)
-    heading(axes, "Held-out minus training error", about)
-    legend(figure, ncols=1)
-    return figure
+    return finished(figure, "Held-out minus training error", about, ncols=1)
 
 
 def gap_is_clear(probe: Event) -> np.ndarray:
@@ -249,9 +243,7 @@ def stages_and_error_figure(
     other.tick_params(axis="y", colors=ORACLE)
     other.set_ylim(bottom=0)
     title = f"Where the data decide, and where the model errs, at step {probe['step']}"
-    heading(axes, title, about)
-    legend(figure, ncols=2)
-    return figure
+    return finished(figure, title, about, ncols=2)
 
 
 def spending_figure(edges: Edges, window: Event, ends: Ends) -> Figure:

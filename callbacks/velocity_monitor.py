@@ -269,6 +269,7 @@ class VelocityErrorMonitor(ModelMonitor):
         found = {split: sums.over(add).to("cpu") for split, sums in asked.items()}
         entry = probe_entry(found, self.edges, self._stages)
         self._warn(entry)
+        self._name_nonfinite()
         self._window = None if self._record is None else self._record.window(step)
         return entry
 

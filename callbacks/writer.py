@@ -36,13 +36,7 @@ from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.files import is_full, jsonable, replace_file
 
-__all__ = [
-    *("INTERVAL", "Writer", "as_logger", "by_time", "chart", "margin", "show_pictures"),
-    "tags_by_time",
-]
-
-INTERVAL = ("", "_low", "_high")
-"""Suffixes of a number and of its interval."""
+__all__ = ["Writer", "as_logger", "by_time", "chart", "margin", "show_pictures", "tags_by_time"]
 
 _WARNED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
@@ -203,7 +197,7 @@ def chart(tags: Sequence[str]) -> list[Any]:
 
 def margin(tag: str) -> list[Any]:
     """A chart of a number with its interval."""
-    return ["Margin", [f"{tag}{end}" for end in INTERVAL]]
+    return ["Margin", [f"{tag}{end}" for end in ("", "_low", "_high")]]
 
 
 def show_pictures(

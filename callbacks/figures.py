@@ -51,9 +51,9 @@ _COPIED = "#D55E00"
 
 def draw_spread(axes: Axes, curve: StageCurve, statistic: str) -> None:
     """A statistic over t: its mean, and the middle half of the queries."""
-    quartiles = (curve.quantile(statistic, q) for q in (0.25, 0.75))
+    low, high = (curve.quantile(statistic, q) for q in (0.25, 0.75))
     label = "middle half of the samples"
-    axes.fill_between(curve.times, *quartiles, color="0.78", lw=0, label=label)
+    axes.fill_between(curve.times, low, high, color="0.78", lw=0, label=label)
     axes.plot(curve.times, curve.mean(statistic), ".-", color=DATA, lw=1.5, ms=4, label="mean")
 
 

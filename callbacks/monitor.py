@@ -40,13 +40,6 @@ class Monitor(StageCallback):
     end of training. The one at the end is dropped when the run goes on later, so that a run that
     was stopped and resumed has the same history as one that was not.
 
-    Args:
-        name: See `StageCallback`, like `bank`.
-        bank: The training latents.
-        every_n_steps: See `MonitorOptions`, like `figures`.
-        figures: When to draw.
-        **options: See `RunOptions`.
-
     Attributes:
         every: Steps between probes, once training has begun.
         events: The lines of `stages.jsonl` after its header; `history`: those of the probes.
@@ -55,9 +48,6 @@ class Monitor(StageCallback):
         event: Name of its probes in `stages.jsonl`; `kept_as`: of its events in a checkpoint.
         oracle: Bank and path, within a run; None outside.
         corrected: Whether a later step than the first has shown what the network is given.
-
-    Raises:
-        ValueError: For numbers out of range.
     """
 
     late = measures = True

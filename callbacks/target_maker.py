@@ -23,12 +23,9 @@ __all__ = ["maker_for", "own_scheme", "refuse_engine", "refuse_second", "schemes
 def maker_for(
     module: nn.Module, at: str | None, given: Scheme | Phases | None
 ) -> TargetMaker | None:
-    """What makes the targets of a module; None if the module holds the scheme and calls it itself.
+    """What makes the targets of a module; None if it holds the `given` scheme and calls it itself.
 
-    Args:
-        module: What is trained.
-        at: The name that was given, if any.
-        given: The scheme; None if it is made later.
+    `at` is the name that was given, if any.
     """
     if given is None or at is not None:
         return one_target_maker(module, at)

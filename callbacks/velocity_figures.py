@@ -210,8 +210,9 @@ def gap_heatmap(
     largest = np.nanmax(np.abs(clear), initial=0.05)
     norm = TwoSlopeNorm(0, -largest, largest)
     figure, axes, mesh = _heatmap(edges, probes, clear, ends, marks, norm=norm, cmap="PuOr_r")
-    cells, grey = mesh.get_coordinates(), np.where(noise, 0.0, np.nan)
-    axes.pcolormesh(*cells.transpose(2, 0, 1), grey, cmap=ListedColormap([NOISE]), zorder=0.5)
+    cells = np.moveaxis(np.asarray(mesh.get_coordinates()), 2, 0)
+    grey = np.where(noise, 0.0, np.nan)
+    axes.pcolormesh(*cells, grey, cmap=ListedColormap([NOISE]), zorder=0.5)
     figure.colorbar(mesh, label="share of the training error")
     label = "noise: less than 2 standard errors from 0 (by chance 1 in 20 is coloured)"
     axes.fill_between([], [], color=NOISE, label=label)

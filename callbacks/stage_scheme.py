@@ -267,6 +267,15 @@ class StageScheme(StageCallback):
             self.writer.text(tag, message, step - 1)
             self.say(message)
 
+    def renew(self) -> None:
+        """Warns: its targets stay over the rows that were read first."""
+        if self.mixes:
+            self.warn(
+                "the training latents have changed, and its targets are still over those that the "
+                "bank was read from. To train on targets of the new ones, stop and resume from a "
+                "checkpoint: a bank that was not given is read again then."
+            )
+
     def notice(self, event: str) -> None:
         """Tells the phases."""
         if isinstance(self.scheme, Phases):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -36,7 +36,6 @@ __all__ = [
     "NOISE",
     "ORACLE",
     "STAGE_COLOURS",
-    "TIME_LABEL",
     "TRAIN",
     "Ends",
     "apart",
@@ -45,6 +44,7 @@ __all__ = [
     "counted",
     "divide_stages",
     "draw_boundary",
+    "finished",
     "heading",
     "in_order",
     "legend",
@@ -61,7 +61,6 @@ __all__ = [
 Ends = tuple[float | None, float | None]
 """t where navigation ends (the midpoint) and where the posterior has collapsed, or None or NaN."""
 
-TIME_LABEL = "t   (0 = noise, 1 = data)"
 DATA, TRAIN, HELD_OUT, ORACLE = "black", "#0072B2", "#D55E00", "#009E73"
 _OKABE_ITO = (TRAIN, HELD_OUT, ORACLE, "#CC79A7", "#E69F00", "#56B4E9")
 FLOOR, NOISE = "0.80", "0.75"
@@ -81,15 +80,9 @@ _LEAST, _MOST = 3, 8
 """Labelled ticks of a logarithmic axis."""
 _NARROW = 0.09
 """Share of an axis below which there is no room to name a stage."""
-
-
-class _Span(NamedTuple):
-    name: str
-    colour: str
-    start: float
-    end: float
-    centre: float
-    share: float
+_APART = 0.055
+"""The least distance of two ticks of t, as a share of the axis."""
+_SMALL: dict[str, Any] = {"fontsize": 8, "color": "0.3"}
 
 
 def render(figure: Figure) -> np.ndarray:
@@ -115,13 +108,9 @@ def heading(axes: Axes, title: str, about: str = "") -> None:
     """The title, and below it in small print `about`, above the names of the stages."""
     room = 20 if axes.get_xscale() == "logit" else 8  # for the names of the stages
     axes.set_title(title, loc="left", fontsize=11, pad=room + 14 if about else room)
-    place: dict[str, Any] = {
-        "xytext": (0, room),
-        "textcoords": "offset points",
-        "xycoords": "axes fraction",
-    }
     # Not in the layout: there is room below the title, and long text must not narrow the axes.
-    axes.annotate(about, (0, 1), fontsize=8, color="0.3", in_layout=False, **place)
+    place = (0, 1), (0, room), "axes fraction", "offset points"
+    axes.annotate(about, *place, in_layout=False, **_SMALL)
 
 
 def legend(figure: Figure, ncols: int = 3, on: str = "none") -> None:
@@ -135,6 +124,13 @@ def legend(figure: Figure, ncols: int = 3, on: str = "none") -> None:
         style = {"ncols": ncols, "facecolor": on, "edgecolor": "none", "fontsize": 8}
         style["labelcolor"] = "black" if on == "none" else "white"
         figure.legend(found.values(), found.keys(), loc="outside lower center", **style)
+
+
+def finished(figure: Figure, title: str, about: str = "", **options: Any) -> Figure:
+    """A figure with heading and legend, whose options are in `options`."""
+    heading(figure.axes[0], title, about)
+    legend(figure, **options)
+    return figure
 
 
 # -- logarithmic axes -------------------------------------------------------------------------
@@ -175,16 +171,14 @@ def centres(edges: Sequence[float] | np.ndarray) -> np.ndarray:
     return (bounds[1:] + bounds[:-1]) / 2
 
 
-def time_axis(
-    axes: Axes, t: Sequence[float] | np.ndarray, *, which: str = "x", apart: float = 0.055
-) -> None:
+def time_axis(axes: Axes, t: Sequence[float] | np.ndarray, *, which: str = "x") -> None:
     """Makes an axis that of t, wide enough for ascending times within (0, 1).
 
     The ends are half as far from 0 and 1 as the outer times, so that the middle of a bin is in the
-    middle of what is shown of it. `apart`: the least distance of two ticks, as a share of the axis.
+    middle of what is shown of it.
     """
     low, high = float(t[0]) / 2, 1 - (1 - float(t[-1])) / 2
-    least = apart * (_logit(high) - _logit(low))
+    least = _APART * (_logit(high) - _logit(low))
     shown: list[float] = []
     for tick in _TICKS:
         near = any(abs(_logit(tick) - _logit(other)) < least for other in shown)
@@ -196,54 +190,43 @@ def time_axis(
     axis.set_ticks([], minor=True)
     getattr(axes, f"set_{which}lim")(low, high)
     scale = ",   log scale at both ends" if which == "x" else ""
-    getattr(axes, f"set_{which}label")(TIME_LABEL + scale)
+    getattr(axes, f"set_{which}label")(f"t   (0 = noise, 1 = data){scale}")
 
 
 def _logit(t: float) -> float:
     return math.log(t / (1 - t))
 
 
-def _spans(limits: tuple[float, float], ends: Ends) -> list[_Span]:
-    """The part of each stage between the limits of an axis of t."""
-    low, high = limits
+def _named_stages(axes: Axes, ends: Ends, which: str) -> list[tuple[str, float, float]]:
+    """Names the stages beside an axis of t; the colour, start and end of each that is on it."""
+    low, high = getattr(axes, f"get_{which}lim")()
     middle, late = (high if at is None or math.isnan(at) else at for at in ends)
     bounds = np.clip([low, middle, max(middle, late), high], low, high).tolist()
     found, whole = [], _logit(high) - _logit(low)
+    style: dict[str, Any] = {"transform": getattr(axes, f"get_{which}axis_transform")(), **_SMALL}
     for name, colour, start, end in zip(STAGES, STAGE_COLOURS, bounds, bounds[1:], strict=False):
         share = (_logit(end) - _logit(start)) / whole
         centre = 1 / (1 + math.exp(-(_logit(start) + _logit(end)) / 2))
+        if share > _NARROW and which == "x":
+            axes.text(centre, 1.01, name, ha="center", va="bottom", **style)
+        elif share > _NARROW:
+            axes.text(1.01, centre, name, ha="left", va="center", rotation=-90, **style)
         if share > 0:
-            found.append(_Span(name, colour, start, end, centre, share))
+            found.append((colour, start, end))
     return found
 
 
 def shade_stages(axes: Axes, ends: Ends) -> None:
     """Shades the stages and names them above; `time_axis` comes first."""
-    for span in _spans(axes.get_xlim(), ends):
-        axes.axvspan(span.start, span.end, color=span.colour, alpha=0.13, lw=0, zorder=0)
-        if span.share > _NARROW:
-            place: dict[str, Any] = {
-                "transform": axes.get_xaxis_transform(),
-                "ha": "center",
-                "va": "bottom",
-            }
-            axes.text(span.centre, 1.01, span.name, fontsize=8, color="0.3", **place)
+    for colour, start, end in _named_stages(axes, ends, "x"):
+        axes.axvspan(start, end, color=colour, alpha=0.13, lw=0, zorder=0)
 
 
 def divide_stages(axes: Axes, ends: Ends) -> None:
     """Lines where the stages meet on a vertical axis of t, and their names at the right."""
-    spans = _spans(axes.get_ylim(), ends)
-    for span in spans:
-        if span.share > _NARROW:
-            place: dict[str, Any] = {
-                "transform": axes.get_yaxis_transform(),
-                "ha": "left",
-                "va": "center",
-            }
-            axes.text(1.01, span.centre, span.name, fontsize=8, color="0.3", rotation=-90, **place)
-    for span in spans[1:]:
-        axes.axhline(span.start, color="w", lw=2)
-        axes.axhline(span.start, color="0.25", lw=1.2, ls="--")
+    for _, start, _ in _named_stages(axes, ends, "y")[1:]:
+        axes.axhline(start, color="w", lw=2)
+        axes.axhline(start, color="0.25", lw=1.2, ls="--")
 
 
 def mark_time(axes: Axes, at: float | None, name: str, **style: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -21,8 +22,7 @@ from stagewise.callbacks.drawing import (
     by_step,
     centres,
     draw_boundary,
-    heading,
-    legend,
+    finished,
     new_figure,
     step_colour,
     time_axis,
@@ -38,8 +38,8 @@ __all__ = [
     "draw_mean",
     "draw_spread",
     "grid_figure",
+    "heatmap",
     "heatmap_figure",
-    "is_image",
     "step_columns",
     "target_difference_figure",
 ]
@@ -51,24 +51,18 @@ _COPIED = "#D55E00"
 
 def draw_spread(axes: Axes, curve: StageCurve, statistic: str) -> None:
     """A statistic over t: its mean, and the middle half of the queries."""
-    t = curve.times.numpy()
-    low, high = (curve.quantile(statistic, q).numpy() for q in (0.25, 0.75))
-    axes.fill_between(t, low, high, color="0.78", lw=0, label="middle half of the samples")
-    axes.plot(t, curve.mean(statistic).numpy(), ".-", color=DATA, lw=1.5, ms=4, label="mean")
+    low, high = (curve.quantile(statistic, q) for q in (0.25, 0.75))
+    label = "middle half of the samples"
+    axes.fill_between(curve.times, low, high, color="0.78", lw=0, label=label)
+    axes.plot(curve.times, curve.mean(statistic), ".-", color=DATA, lw=1.5, ms=4, label="mean")
 
 
 def draw_mean(axes: Axes, curve: StageCurve, statistic: str) -> None:
     """A statistic over t: its mean with two standard errors."""
     values = curve.statistic(statistic)
-    t, mean, error = curve.times, values.mean(1), 2 * values.std(1) / values.shape[1] ** 0.5
-    style: dict[str, Any] = {
-        "fmt": ".-",
-        "color": DATA,
-        "lw": 1.5,
-        "ms": 4,
-        "label": "mean, 2 standard errors",
-    }
-    axes.errorbar(t.numpy(), mean.numpy(), error.numpy(), **style)
+    error = 2 * values.std(1) / values.shape[1] ** 0.5
+    about: dict[str, Any] = {"label": "mean, 2 standard errors", "lw": 1.5, "ms": 4}
+    axes.errorbar(curve.times, values.mean(1), error, fmt=".-", color=DATA, **about)
 
 
 def concentration_figure(
@@ -78,9 +72,8 @@ def concentration_figure(
     figure, axes = _of_posterior(curve, boundary, predicted)
     draw_spread(axes, curve, "top1")
     axes.set(ylabel="largest posterior weight", ylim=(0, 1.02))
-    heading(axes, "Posterior concentration: how far one row explains a noisy sample", about)
-    legend(figure)
-    return figure
+    title = "Posterior concentration: how far one row explains a noisy sample"
+    return finished(figure, title, about)
 
 
 def target_difference_figure(
@@ -91,9 +84,7 @@ def target_difference_figure(
     draw_mean(axes, curve, "target_difference")
     axes.set(ylabel="MSE(conditional, oracle velocity)")
     axes.set_ylim(bottom=0)
-    heading(axes, "The floor: the part of the loss that no model can remove", about)
-    legend(figure)
-    return figure
+    return finished(figure, "The floor: the part of the loss that no model can remove", about)
 
 
 def _of_posterior(
@@ -101,7 +92,7 @@ def _of_posterior(
 ) -> tuple[Figure, Axes]:
     figure = new_figure()
     axes = figure.add_subplot()
-    time_axis(axes, curve.times.numpy())
+    time_axis(axes, curve.times.tolist())
     draw_boundary(axes, boundary, predicted)
     return figure, axes
 
@@ -116,6 +107,17 @@ def step_columns(steps: Sequence[int]) -> np.ndarray:
     return np.array([steps[0], *centres(steps), steps[-1]], dtype=float)
 
 
+def heatmap(
+    edges: Sequence[float] | np.ndarray, steps: Sequence[int], values: np.ndarray, **colours: Any
+) -> tuple[Figure, Axes, QuadMesh]:
+    """Values, (T, P), over t and the steps of P probes; also the axes and the mesh."""
+    figure = new_figure()
+    axes = figure.add_subplot(xlabel="training step")
+    time_axis(axes, centres(edges), which="y")
+    rows = np.clip(edges, *axes.get_ylim())
+    return figure, axes, axes.pcolormesh(step_columns(steps), rows, values, **colours)
+
+
 def heatmap_figure(
     steps: Sequence[int],
     edges: np.ndarray,
@@ -124,31 +126,18 @@ def heatmap_figure(
     about: str = "",
 ) -> Figure:
     """Mean top-1 weight, (P, T), over t and the steps of P probes, with the midpoint at each."""
-    figure = new_figure()
-    axes = figure.add_subplot(xlabel="training step")
-    time_axis(axes, centres(edges), which="y")
-    columns = step_columns(steps)
-    rows = np.clip(edges, *axes.get_ylim())
-    mesh = axes.pcolormesh(columns, rows, top1.T, vmin=0, vmax=1, cmap=MAGNITUDE)
+    figure, axes, mesh = heatmap(edges, steps, top1.T, vmin=0, vmax=1, cmap=MAGNITUDE)
     label = "midpoint of each probe"
     axes.plot(steps, midpoints, "w.-", lw=1, ms=5, label=label, clip_on=False)
-    heading(axes, "Posterior concentration while training", about)
-    legend(figure, on="0.4")
     figure.colorbar(mesh, label="mean largest posterior weight")
-    return figure
-
-
-def is_image(shape: Sequence[int]) -> bool:
-    """Whether a sample of this shape can be shown: (1 or 3, H, W)."""
-    return len(shape) == 3 and shape[0] in (1, 3)
+    return finished(figure, "Posterior concentration while training", about, on="0.4")
 
 
 def copies_figure(probes: Sequence[Event], about: str = "") -> Figure:
     """The share of copies by t_switch with its interval, coloured by step; probes ascend."""
     figure = new_figure()
-    axes = figure.add_subplot(
-        xlabel="t_switch   (0 = noise; the oracle before it, the model after)"
-    )
+    axes = figure.add_subplot()
+    axes.set_xlabel("t_switch   (0 = noise; the oracle before it, the model after)")
     colours = by_step([probe["step"] for probe in probes])
     for place, probe in enumerate(probes):
         colour = step_colour(colours, probe["step"])
@@ -159,9 +148,8 @@ def copies_figure(probes: Sequence[Event], about: str = "") -> Figure:
         axes.fill_between(probe["t_switch"], low, high, color=colour, alpha=0.15, lw=0)
     top = max([0.2, *(high for probe in probes for high in probe["high"] if high is not None)])
     axes.set(ylabel=f"share of copies (d1/d2 < {COPY_RATIO:.2f})", ylim=(-0.02 * top, 1.04 * top))
-    heading(axes, "Copies of training rows among samples, with 95 % interval", about)
-    legend(figure, ncols=4)
-    return figure
+    title = "Copies of training rows among samples, with 95 % interval"
+    return finished(figure, title, about, ncols=4)
 
 
 class Column(NamedTuple):

@@ -13,6 +13,7 @@ from typing_extensions import Unpack, override
 
 from stagewise.adapters.objective import Objective
 from stagewise.bank import LatentBank
+from stagewise.callbacks.host import changes
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.target_maker import schemes_of
@@ -78,7 +79,6 @@ class Forecast(ModelMonitor):
     charts = {"batch that oracle targets are worth": "/batch_fact"}
     probes = 4
     longest = 5000
-    held = (*ModelMonitor.held, "_errors")
 
     def __init__(
         self,
@@ -102,7 +102,6 @@ class Forecast(ModelMonitor):
         """Takes the bank."""
         super().start()
         self._errors = self.run.first(VelocityErrorMonitor)
-        self.try_velocity(*self.rows(2))
 
     def settle(self) -> None:
         """After the first forward pass: rows for the batches, header."""
@@ -112,7 +111,7 @@ class Forecast(ModelMonitor):
         if self._errors is None:
             self.say("smoothing is left out: it needs a VelocityErrorMonitor.")
         header = {"event": "forecasts", "network": self.describe(), "class_wise": self.wise}
-        self.open_files(header, self.history)
+        self.open_files(header)
 
     def renew(self) -> None:
         """Reads rows of the changed latents."""
@@ -194,12 +193,8 @@ class Forecast(ModelMonitor):
         """The optimizer of the network, or else the first."""
         optimizers = self.run.host.optimizers
         name = "" if self.network is None else self.network.name
-        net = {id(one) for one in self.run.module.get_submodule(name).parameters()}
-        steps = [
-            any(id(one) in net for group in optimizer.param_groups for one in group["params"])
-            for optimizer in optimizers
-        ]
-        return optimizers[steps.index(True) if True in steps else 0]
+        net = self.run.module.get_submodule(name)
+        return next((one for one in optimizers if changes(one, net)), optimizers[0])
 
     def _objective(self) -> Any:
         """The `FlowMatchingLoss` that the module trains with, if any."""

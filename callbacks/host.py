@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,13 @@ from stagewise.stage_target import BY_HAND
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["Host", "TrainerHost"]
+__all__ = ["Host", "TrainerHost", "changes"]
+
+
+def changes(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+    """Whether an optimizer steps on a parameter of a module."""
+    own = {id(one) for one in module.parameters()}
+    return any(id(one) in own for group in optimizer.param_groups for one in group["params"])
 
 
 class Host:
@@ -168,6 +175,11 @@ class TrainerHost(Host):
     """A trainer of Lightning, once its training loader is set up (`on_train_start`)."""
 
     feeds = True
+    global_step = property(attrgetter("trainer.global_step"))  # type: ignore[assignment]
+    epoch = property(attrgetter("trainer.current_epoch"))  # type: ignore[assignment]
+    loader = property(attrgetter("trainer.train_dataloader"))
+    local_rank = property(attrgetter("trainer.local_rank"))
+    local_size = property(attrgetter("trainer.num_devices"))
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.trainer: Any = trainer
@@ -185,21 +197,6 @@ class TrainerHost(Host):
         self._average = next((one for one in callbacks if hasattr(one, "_average_model")), None)
         self.averages = self._average is not None
         self.log_every = getattr(trainer, "log_every_n_steps", 0)
-
-    @property
-    @override
-    def global_step(self) -> int:  # type: ignore[override]
-        return self.trainer.global_step
-
-    @property
-    @override
-    def epoch(self) -> int:  # type: ignore[override]
-        return self.trainer.current_epoch
-
-    @property
-    @override
-    def loader(self) -> Any:  # type: ignore[override]
-        return self.trainer.train_dataloader
 
     @property
     @override
@@ -250,13 +247,3 @@ class TrainerHost(Host):
     @override
     def save(self, file: Path) -> None:
         self.trainer.save_checkpoint(file, weights_only=False)
-
-    @property
-    @override
-    def local_rank(self) -> int:
-        return self.trainer.local_rank
-
-    @property
-    @override
-    def local_size(self) -> int:
-        return self.trainer.num_devices

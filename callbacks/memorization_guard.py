@@ -99,7 +99,6 @@ class MemorizationGuard(MemorizationMonitor):
         >>> robot = MemorizationGuard(alarm=False)  # copies of action tables are wanted
     """
 
-    held = (*MemorizationMonitor.held, "_splits", "_errors", "_saves")
     event = "guard_probe"
     charts = {"held-out loss": "/held_out_loss$"}
     longest: ClassVar[int] = 1000
@@ -140,6 +139,8 @@ class MemorizationGuard(MemorizationMonitor):
         self.watch, self._saves = GapWatch(), False
         self.watch.load_state_dict(stash.get("watch") or {})
         self.onset, self.best = stash.get("onset"), stash.get("best")
+        if self.onset is not None and self.onset not in self.events:  # of an older version
+            self.events = sorted([*self.events, self.onset], key=lambda event: event["step"])
         if self.law is not None:
             rows, total = len(self.oracle.bank), self.run.total
             onset, past = self.law(rows), self.run.began
@@ -196,10 +197,6 @@ class MemorizationGuard(MemorizationMonitor):
         law = None if self.law is None else self.law(len(self.oracle.bank))
         own = {"event": "guard", "edges": self.edges.tolist(), "predicted_onset": law}
         return {**super()._header(), "held_out_rows": rows, **own}
-
-    def _events(self) -> list[dict[str, Any]]:
-        told = [] if self.onset is None else [self.onset]
-        return sorted([*self.history, *told], key=lambda event: event["step"])
 
     @override
     def layout(self) -> dict[str, list[Any]]:
@@ -347,6 +344,7 @@ class MemorizationGuard(MemorizationMonitor):
             evidence["predicted"] = self.law(len(self.oracle.bank))
             message += f"; predicted for step {evidence['predicted']:.0f}"
         self.onset = self.writer.announce(step, MEMORIZATION_ONSET, message, evidence)
+        self.events.append(self.onset)
         text = f"step {step}, {MEMORIZATION_ONSET}: {message}{self._where()}"
         if self.alarm:
             cure = (

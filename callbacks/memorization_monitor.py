@@ -13,15 +13,13 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
-from stagewise.callbacks.writer import chart
+from stagewise.callbacks.writer import chart, margin
 from stagewise.copies import Nearest, copy_share, nearest_rows
 from stagewise.masks import plain
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 
 __all__ = ["MemorizationMonitor"]
 
-_ENDS = ("", "_low", "_high")
-"""Suffixes of a share and of its interval."""
 _SHOWN = 8
 """Samples in a picture."""
 
@@ -63,7 +61,6 @@ class MemorizationMonitor(ModelMonitor):
     """
 
     order = 3
-    held = (*ModelMonitor.held, "_probe", "_shown")
     event = "memorization_probe"
     longest: ClassVar[int] = 5000
     _probe: MemorizationProbe
@@ -107,8 +104,6 @@ class MemorizationMonitor(ModelMonitor):
                 'callbacks, and there is none. Add one, or say weights="current".'
             )
         super().start()
-        self._take_samples()
-        self.try_velocity(*self.rows(2))
 
     def _take_samples(self) -> None:
         self._others = self.others(self.samples) if self.t_resume else None
@@ -123,7 +118,7 @@ class MemorizationMonitor(ModelMonitor):
             f"asks {header['network']}, {header['weights']} weights; {self.writer.describe()}."
             + ("" if self._draws_images else images)
         )
-        self.open_files(header, self._events())
+        self.open_files(header)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -139,17 +134,10 @@ class MemorizationMonitor(ModelMonitor):
             "path": repr(self.oracle.path),
         }
 
-    def _events(self) -> list[dict[str, Any]]:
-        """The lines of `stages.jsonl` so far."""
-        return self.history
-
     def _make_probe(self) -> None:
         bank, host, others = self.oracle.bank, self.run.host, self._others
         labelled = bank.labelled and self.conditional
-        said = self.run.option(self, "class_wise")
-        self.wise = labelled if said is None else said
-        if self.wise:
-            bank.require_classes()
+        self.wise = self.is_wise(bank.classes)
         if self.samples < host.world_size:
             raise ValueError(
                 f"Expected `samples` of at least one for each of {host.world_size} ranks, got "
@@ -182,7 +170,6 @@ class MemorizationMonitor(ModelMonitor):
     def renew(self) -> None:
         """Takes the bank of the changed latents."""
         super().renew()
-        self._take_samples()
         self._make_probe()
 
     def end(self) -> None:
@@ -258,8 +245,9 @@ class MemorizationMonitor(ModelMonitor):
     def layout(self) -> dict[str, list[Any]]:
         """Its charts, with at most four times in each."""
         page = super().layout()
-        interval = [f"{self.name}/copies/t_switch={self.t_switch[0]:g}{end}" for end in _ENDS]
-        page[f"share of copies, t_switch {self.t_switch[0]:g}, 95 %"] = ["Margin", interval]
+        first = f"{self.t_switch[0]:g}"
+        interval = margin(f"{self.name}/copies/t_switch={first}")
+        page[f"share of copies, t_switch {first}, 95 %"] = interval
         titles = {"share of copies by t_switch": "copies", "median d1/d2 by t_switch": "ratio"}
         for title, key in titles.items():
             page[title] = chart([f"{self.name}/{key}/t_switch={t:g}" for t in self.t_switch])
@@ -270,7 +258,8 @@ class MemorizationMonitor(ModelMonitor):
 
     @property
     def _draws_images(self) -> bool:
-        return self.decode is not None or pictures.is_image(self.oracle.bank.shape)
+        shape = self.oracle.bank.shape
+        return self.decode is not None or (len(shape) == 3 and shape[0] in (1, 3))
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         """Shares over the training, and samples of this rank beside their nearest rows."""

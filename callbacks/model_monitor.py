@@ -40,29 +40,34 @@ class ModelMonitor(Monitor):
     """
 
     compares = True
-    held = (*Monitor.held, "network", "_rows", "_others", "_probes")
     network: Network | None = None
-    conditional = True
-    wise = False
+    _given: AskVelocity | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.wise, self.conditional, self.batch_size, self.per_step = False, True, 0, 0
 
     def start(self) -> None:
-        """Takes the oracle; refuses couplings, which have none."""
+        """Takes the oracle and samples; refuses couplings, which have no oracle."""
         super().start()
-        run, self.network, self.corrected = self.run, None, False
-        self._given: AskVelocity | None = run.option(self, "velocity")
+        run, self.network = self.run, None
+        self._given = run.option(self, "velocity")
         if run.tied:
             name, _, reason = run.tied.partition(": ")
             raise ValueError(f"{name} has no oracle to compare with: {reason or run.tied}")
         self.oracle = run.oracle(self)
+        self._take_samples()
+        if self._given is not None:
+            self._try_velocity(*self.rows(2))
 
-    def try_velocity(self, x1: Tensor, labels: Any) -> None:
+    def _take_samples(self) -> None:
+        """Reads the samples about which it asks the model."""
+
+    def _try_velocity(self, xt: Tensor, labels: Any) -> None:
         """Checks a given `velocity` on two samples."""
-        if self._given is None:
-            return
         module, device = self.run.module, self.run.host.device
-        xt = x1[:2].to(device)
-        t = torch.full((len(xt),), 0.5, device=device)
-        y = None if labels is None else labels[:2].to(device)
+        xt, t = xt.to(device), torch.full((len(xt),), 0.5, device=device)
+        y = None if labels is None else labels.to(device)
         try:
             with self.asked() as velocity:
                 v = velocity(xt, t, y)
@@ -123,9 +128,14 @@ class ModelMonitor(Monitor):
 
     def is_wise(self, labels: Any) -> bool:
         """Whether the posterior of samples with these labels, or None, is class-wise."""
-        wise = self.run.class_wise(self)
+        wise, given = self.run.class_wise(self), plain(labels) is not None
         if self.run.option(self, "class_wise") is None:
-            wise = wise and self.conditional and plain(labels) is not None
+            return wise and self.conditional and given
+        if wise and not given:
+            raise ValueError(
+                "class_wise=True, but no labels were found in the training batches. Say where they "
+                f"are: {type(self).__name__}(read_batch=lambda batch: (batch[0], batch[1]))."
+            )
         return wise
 
     def reconsider(self) -> None:
@@ -139,12 +149,13 @@ class ModelMonitor(Monitor):
                 "Probes of those steps are dropped, and the next probe gives it as much."
             )
         self.corrected = True
-        self.history = [entry for entry in self.history if entry["step"] <= self.run.began]
+        self.events = [event for event in self.events if event["step"] <= self.run.began]
         self.settle()
 
     def renew(self) -> None:
-        """Takes the bank that was read again."""
+        """Takes the bank that was read again, and samples of it."""
         self.oracle = self.run.oracle(self)
+        self._take_samples()
 
     def describe(self) -> str:
         """The network, for logs."""

@@ -40,31 +40,21 @@ class Monitor(StageCallback):
     end of training. The one at the end is dropped when the run goes on later, so that a run that
     was stopped and resumed has the same history as one that was not.
 
-    Args:
-        name: See `StageCallback`, like `bank`.
-        bank: The training latents.
-        every_n_steps: See `MonitorOptions`, like `figures`.
-        figures: When to draw.
-        **options: See `RunOptions`.
-
     Attributes:
         every: Steps between probes, once training has begun.
-        history: The probes so far.
+        events: The lines of `stages.jsonl` after its header; `history`: those of the probes.
         seconds: Time that each probe of this process took.
         probes: Probes in a run by default; `longest`: the largest default interval in steps.
-        event: Name of its probes in `stages.jsonl`.
+        event: Name of its probes in `stages.jsonl`; `kept_as`: of its events in a checkpoint.
         oracle: Bank and path, within a run; None outside.
         corrected: Whether a later step than the first has shown what the network is given.
-
-    Raises:
-        ValueError: For numbers out of range.
     """
 
     late = measures = True
-    held = (*StageCallback.held, "oracle")
     probes: ClassVar[int] = 20
     longest: ClassVar[int] = 1000
     event: ClassVar[str]
+    kept_as: ClassVar[str] = "history"
     oracle: Oracle = None  # type: ignore[assignment]
     corrected = False
 
@@ -84,17 +74,22 @@ class Monitor(StageCallback):
             raise ValueError(f"Expected `figures` of at least 0, got {figures}.")
         self.every_n_steps, self.figures = every_n_steps, figures
         self.every = 1
-        self.history: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
         self.seconds: list[float] = []
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The probes so far."""
+        return [entry for entry in self.events if entry["event"] == self.event]
+
     def state_dict(self) -> dict[str, Any]:
-        """The probes so far, as plain numbers."""
-        return {**super().state_dict(), "history": self.history}
+        """The events so far, as plain numbers."""
+        return {**super().state_dict(), self.kept_as: self.events}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the probes of a checkpoint."""
+        """Takes the events of a checkpoint."""
         super().load_state_dict(state_dict)
-        self.history = list(state_dict["history"])
+        self.events = list(state_dict[self.kept_as])
 
     # -- what each monitor defines ----------------------------------------------------------------
 
@@ -129,31 +124,25 @@ class Monitor(StageCallback):
                 f"measures on path={path!r}, but the module trains on {run.path!r} "
                 f"({run.path_from}). Leave `path` out to measure on the path of training."
             )
-        self.history = self._kept_events(self.history)
+        past = 0 if self.renewed else run.began  # a second fit, or other latents, keep none
+        kept = [e for e in self.events if past and e["step"] <= past and not e.get("at_end")]
+        self.events = kept
         share = (run.total or self.probes * self.longest) // self.probes
         self.every = self.every_n_steps or max(1, min(self.longest, share))
         self.writer = run.open_writer(self)
         self._since, self.seconds = (time.perf_counter(), run.began), []
 
-    @override
-    def restart(self) -> None:
-        self.corrected = True
-        self.start()
-
-    def _kept_events(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The events that a resumed run keeps; a second fit, or other latents, keep none."""
-        past = 0 if self.renewed else self.run.began
-        return [e for e in events if past and e["step"] <= past and not e.get("at_end")]
-
-    def open_files(self, header: dict[str, Any], events: list[dict[str, Any]]) -> None:
+    def open_files(self, header: dict[str, Any]) -> None:
         """Begins `stages.jsonl`; a collective."""
         header = {**header, **trained_on(self.run)}
-        self.writer.start([header, *events], resumed=bool(events) or self.corrected)
+        again = self.corrected or self.run.restarted
+        self.writer.start([header, *self.events], resumed=bool(self.events) or again)
 
     @property
     def last(self) -> int | None:
         """The step of the last probe."""
-        return self.history[-1]["step"] if self.history else None
+        steps = (entry["step"] for entry in reversed(self.events) if entry["event"] == self.event)
+        return next(steps, None)
 
     def due(self, step: int) -> bool:
         """Whether to probe after `step` optimizer steps."""
@@ -186,7 +175,7 @@ class Monitor(StageCallback):
             torch.cuda.synchronize(device)  # so that queued training work is not counted
         start = time.perf_counter()
         last_time, last_step = self._since
-        entry = {"event": self.event, "step": step, **self.measure(step), **self.over}
+        entry = {"event": self.event, "step": step, **self.measure(step), **self.oracle.over}
         if at_end:
             entry["at_end"] = True
         with self.together():
@@ -198,7 +187,7 @@ class Monitor(StageCallback):
                 costs[f"{self.name}/share_of_step_time"] = self.seconds[-1] / (start - last_time)
             self.writer.scalars({**self.scalars(entry), **costs}, self.logged_at(step))
             self.writer.event(entry)
-        self.history.append(entry)
+        self.events.append(entry)
         self._since = (time.perf_counter(), step)
 
     def _draws(self, at_end: bool) -> bool:
@@ -215,10 +204,5 @@ class Monitor(StageCallback):
     def summary(self) -> str:
         """The number of probes, the time of the last one, and where they are written."""
         cost = f"{self.seconds[-1]:.1f} s" if self.seconds else "nothing"
-        over = "".join(f", over {said}" for said in self.over.values())
+        over = "".join(f", over {said}" for said in self.oracle.over.values())
         return f"{len(self.history)} probes{over}, the last cost {cost}; {self.writer.describe()}"
-
-    @property
-    def over(self) -> dict[str, str]:
-        """What each event says about the rows of its posterior; see `Oracle.over`."""
-        return {} if self.oracle is None else self.oracle.over

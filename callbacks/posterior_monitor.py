@@ -18,7 +18,7 @@ from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.drawing import counted
 from stagewise.callbacks.monitor import Monitor, MonitorOptions
 from stagewise.callbacks.ranks import rank_zero_warn
-from stagewise.callbacks.writer import by_time, chart, tags_by_time
+from stagewise.callbacks.writer import by_time, chart, margin, tags_by_time
 from stagewise.engines import Engine
 from stagewise.masks import few_rows
 from stagewise.spectrum import predicted_boundary
@@ -32,9 +32,6 @@ from stagewise.stages import (
 )
 
 __all__ = ["PosteriorMonitor"]
-
-_ENDS = ("", "_low", "_high")
-"""Suffixes of a boundary and of its interval."""
 
 
 class PosteriorMonitor(Monitor):
@@ -93,7 +90,6 @@ class PosteriorMonitor(Monitor):
 
     order = 1
     data_only = True
-    held = (*Monitor.held, "recipe", "_marked")
     event = "probe"
     charts = {
         "boundary (t, 0 = noise)": "/(midpoint|collapsed|predicted)$",
@@ -172,7 +168,7 @@ class PosteriorMonitor(Monitor):
             f"posterior {posterior}, by {self.oracle.engine.describe(bank)}; predicted boundary"
             f"{alike} t = {self.predicted:.3f}; {self.writer.describe()}"
         )
-        self.open_files(self._header(), self.history)
+        self.open_files(self._header())
 
     def _take_bank(self, edges: Tensor | None = None) -> None:
         run = self.run
@@ -266,7 +262,7 @@ class PosteriorMonitor(Monitor):
 
     @override
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        keys = [f"{key}{end}" for key in ("midpoint", "collapsed") for end in _ENDS]
+        keys = [key for key in entry if key.startswith(("midpoint", "collapsed"))]
         scalars = {f"{self.name}/{key}": entry[key] for key in keys}
         scalars[f"{self.name}/predicted"] = self.predicted
         for statistic in STATISTICS:
@@ -279,7 +275,7 @@ class PosteriorMonitor(Monitor):
         assert self.curve is not None
         about = f"{counted(len(bank), self.queries, self.strata)}, D = {bank.dim}"
         about += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
-        about += "".join(f", {kernel}" for kernel in self.over.values())
+        about += "".join(f", {kernel}" for kernel in self.oracle.over.values())
         about += f", step {probes[-1]['step']}"
         # A resumed run may have been given another number of strata.
         alike = [entry for entry in probes if len(entry["t"]) == self.strata]
@@ -310,15 +306,13 @@ class PosteriorMonitor(Monitor):
             "class_wise": self.wise,
             "path": repr(self.oracle.path),
             "predicted": self.predicted,
-            **self.over,
+            **self.oracle.over,
         }
 
     @override
     def layout(self) -> dict[str, list[Any]]:
-        intervals = {
-            f"{key} with interval": ["Margin", [f"{self.name}/{key}{end}" for end in _ENDS]]
-            for key in ("midpoint", "collapsed")
-        }
+        keys = ("midpoint", "collapsed")
+        intervals = {f"{key} with interval": margin(f"{self.name}/{key}") for key in keys}
         shown = {"largest weight": "top1", "effective sample size": "ess"}
         shown |= {"floor": "target_difference"}
         prefix, edges = f"{self.name}_by_t", self.recipe.edges

@@ -65,11 +65,8 @@ class StageRun(RunOracles):
     """
 
     order = -1
-    held = (
-        *StageCallback.held,
-        *("host", "module", "leader", "members", "look", "makers", "_loader"),
-        *("reservoir", "waiting", "_banks", "_weights"),
-    )
+    settled = _told = _started = False
+    _batches = 0
     look: FirstStep
     _weights: EncoderWeights | None = None
 
@@ -103,13 +100,10 @@ class StageRun(RunOracles):
 
     def begin(self, host: Host, members: list[StageCallback]) -> None:
         """Starts all callbacks."""
-        self.waiting = ()
         for member in {*members, self}:
             member.joins(self)
             member.renewed = False
         self.host, self.module, self.leader = host, host.module, members[0]
-        self.settled, self._told, self._batches = False, False, 0
-        self._started = False
         self.members = sorted(members, key=lambda member: (member.order, member.name))
         self.began, self.step, self.total = host.global_step, host.global_step, host.total
         self.recall()
@@ -304,6 +298,7 @@ class StageRun(RunOracles):
             f"through that. To read it once: StageRun({self.encoding.line})."
         )
         self.forget()
+        self.restarted = True
         self.tell("restart")
         return True
 

@@ -25,7 +25,7 @@ from stagewise.callbacks.training_bank import Samples, read_bank, read_rows
 from stagewise.callbacks.writer import Writer
 from stagewise.certificate import Certificate
 from stagewise.condition import ConditionedOracle
-from stagewise.conventions import as_convention
+from stagewise.conventions import Convention
 from stagewise.engines import Engine
 from stagewise.memory import oracle_device
 from stagewise.oracle import Oracle
@@ -57,10 +57,12 @@ class RunOracles(StageCallback):
         recipes: How boundaries are measured; `measured_at`: the step that seeds their draws.
         reservoir: The samples seen, if they stand for the training set.
         waiting: Callbacks that start once it is full.
+        restarted: Whether the bank was read again through `encoding` in the first step.
     """
 
     reservoir: Reservoir | None = None
     waiting: Sequence[StageCallback] = ()
+    restarted = False
 
     host: Host
     module: nn.Module
@@ -337,10 +339,8 @@ class RunOracles(StageCallback):
         }
 
 
-def _same_convention(first: Any, other: Any) -> bool:
-    one, two = as_convention(first), as_convention(other)
-    own = one.path or LinearPath(), two.path or LinearPath()
-    return one == two and same_path(*own)
+def _same_convention(one: Convention, two: Convention) -> bool:
+    return one == two and same_path(one.path or LinearPath(), two.path or LinearPath())
 
 
 _ALIKE: dict[str, Callable[[Any, Any], bool]] = {

@@ -120,7 +120,6 @@ class StageCallback(Callback):
         data_only: Whether it needs neither the model nor the same rows at each probe.
         mixes: Whether it puts the oracle into the targets.
         steers: Whether it changes what the module is trained on.
-        held: Attributes that it drops after a run.
         options: The options that were given to it.
         charts: Of TensorBoard's custom-scalars page: by title, the tags as a pattern after `name`.
         run: The run, from the start of training to its end.
@@ -141,8 +140,6 @@ class StageCallback(Callback):
     data_only: ClassVar[bool] = False
     mixes: bool = False
     steers: ClassVar[bool] = False
-    # Lightning sets the last two to methods of the module.
-    held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")
     charts: ClassVar[dict[str, str]] = {}
     run: StageRun = None  # type: ignore[assignment]
     writer: Writer
@@ -154,11 +151,9 @@ class StageCallback(Callback):
         given: dict[str, Any] = {"bank": bank, **options}
         unknown = sorted(given.keys() - {"bank"} - RunOptions.__annotations__.keys())
         if unknown:
-            now = {"find": "read_batch", "seam": "target_maker"}.get(unknown[0])
-            renamed = f" It is now named {now}=." if now else ""
             raise TypeError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}.{renamed} Options of the "
-                f"run are: bank, {', '.join(RunOptions.__annotations__)}."
+                f"{type(self).__name__} has no argument {unknown[0]!r}. Options of the run are: "
+                f"bank, {', '.join(RunOptions.__annotations__)}."
             )
         _check(given)
         if given.get("convention") is not None:
@@ -214,15 +209,15 @@ class StageCallback(Callback):
 
     def joins(self, run: StageRun) -> None:
         """Takes part in a run."""
-        others = (*self.held, "_before")
+        # Lightning has set the last two to methods of the module.
+        others = ("run", "_before", "log", "log_dict")
         self._before = {key: value for key, value in vars(self).items() if key not in others}
         self.run = run
 
     def leaves(self) -> None:
-        """Drops what it holds of the run; results stay."""
-        for key in self.held:
-            vars(self).pop(key, None)
-        self._before = None
+        """Drops what the run has added; results, which it had before by name, stay."""
+        for key in vars(self).keys() - (self._before or vars(self)).keys():
+            delattr(self, key)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle that is made within a run is as before the run."""
@@ -236,6 +231,7 @@ class StageCallback(Callback):
 
     def restart(self) -> None:
         """In the first step, before `settle`, if the bank is no longer that of the start."""
+        self.start()
 
     def before_first_batch(self) -> None:
         """Before the first batch, once all callbacks have started."""

@@ -65,7 +65,8 @@ class StageScheme(StageCallback):
             rank's part, and training must say the `source` of its samples.
         certificate: A `Certificate` of the bank, or a file, which is written if it does not hold
             that of this bank. Not with a `scheme` that has an oracle, nor with `Sharded()`.
-        name: Prefix of all tags and name of the folder, default "stagewise_scheme".
+        name: Prefix of all tags and name of the folder, default "stagewise_scheme". Two callbacks
+            in one trainer need two names.
         bank: The training latents, if they are not to be read from the loader.
         **options: See `RunOptions`. A `scheme` with an oracle gives bank and path itself.
 
@@ -80,10 +81,7 @@ class StageScheme(StageCallback):
 
     order, steers = 5, True
     maker: TargetMaker | None = None
-    _begin: dict[str, Any] | None = None
     _detach: Detach | None = None
-    _losses: GatheredLosses | None = None
-    _set_up = _paused = False
     _plain = 0  # optimizer steps since one was steered
 
     def __init__(
@@ -119,6 +117,8 @@ class StageScheme(StageCallback):
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
         self.engine, self.certificate, self._given = engine, certificate, scheme
         self.transitions: list[dict[str, Any]] = []
+        self._begin: dict[str, Any] | None = None
+        self._losses: GatheredLosses | None = None
         given = [] if scheme is None else parts(scheme)  # with an oracle: its bank and path
         refuse_engine(given, engine or certificate)
         oracles = [p.oracle for p in given if p.oracle and p.oracle.engine.holds_all_rows]
@@ -140,11 +140,6 @@ class StageScheme(StageCallback):
         fixed = self._given or self.scheme.draws_timesteps or self.scheme.smoothing
         return not fixed and self.maker is not None and self.maker.late
 
-    @property
-    def state_key(self) -> str:
-        """By its name; before `setup` by its id, so that `refuse_second` finds two of one name."""
-        return super().state_key if self._set_up else f"{super().state_key} {id(self)}"
-
     def __getstate__(self) -> dict[str, Any]:
         """As its base, with the initial state of its scheme, for a copy in another fit."""
         return {**super().__getstate__(), "_begin": self._begin}
@@ -155,10 +150,6 @@ class StageScheme(StageCallback):
         share = None if self._losses is None else self._losses.share
         own = {"scheme": scheme, "transitions": self.transitions, "share": share}
         return super().state_dict() | own
-
-    def setup(self, *_: Any, **__: Any) -> None:
-        """From here on its state key is by its name."""
-        self._set_up = True
 
     def start(self) -> None:
         """Finds what makes the targets, and attaches the scheme to it."""
@@ -242,8 +233,7 @@ class StageScheme(StageCallback):
 
     @override
     def reconsider(self) -> None:
-        if self.run.look.network is not None:
-            self.run.look.check_conditions(self.scheme)
+        self.run.look.check_conditions(self.scheme)
 
     def after_batch(self, step: int, before: int) -> None:
         """Adds the batch; after an optimizer step, lets the scheme adapt, and logs."""
@@ -277,6 +267,15 @@ class StageScheme(StageCallback):
             self.writer.text(tag, message, step - 1)
             self.say(message)
 
+    def renew(self) -> None:
+        """Warns: its targets stay over the rows that were read first."""
+        if self.mixes:
+            self.warn(
+                "the training latents have changed, and its targets are still over those that the "
+                "bank was read from. To train on targets of the new ones, stop and resume from a "
+                "checkpoint: a bank that was not given is read again then."
+            )
+
     def notice(self, event: str) -> None:
         """Tells the phases."""
         if isinstance(self.scheme, Phases):
@@ -284,13 +283,11 @@ class StageScheme(StageCallback):
 
     def before_validation(self) -> None:
         """Detaches the scheme: validation has plain targets."""
-        self._paused = self._detach is not None
         self._restore()
 
     def after_validation(self) -> None:
         """Attaches the scheme again."""
-        if self._paused:
-            self._attach()
+        self._attach()
 
     @override
     def stop(self) -> None:
@@ -311,7 +308,8 @@ class StageScheme(StageCallback):
         return "the scheme that the module holds" if self.maker is None else self.maker.name
 
     def _attach(self) -> None:
-        self._paused, run, look = False, self.run, self.run.look
+        run, look = self.run, self.run.look
+        self._restore()
         made = run.encoding or run.option(self, "read_batch") or run.option(self, "encode")
         for part in parts(self.scheme):  # rows are checked in `settle`, on all ranks together
             part.rows_checked = True

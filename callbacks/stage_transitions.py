@@ -78,7 +78,6 @@ class StageTransitions(StageCallback):
 
     order = 4
     charts = {"events (1 at their step)": "/"}
-    held = (*StageCallback.held, "_errors", "_posterior", "_monitors", "_rows")
 
     def __init__(
         self,
@@ -113,7 +112,7 @@ class StageTransitions(StageCallback):
         if errors is not None:
             # No phase could follow an event of the last step.
             total = math.inf if self.run.total is None else self.run.total
-            probes = 1 + (total - 1) // (errors.every or 1)
+            probes = 1 + (total - 1) // errors.every
             for kind, least in needs.items():
                 lacks[kind] = ""
                 if probes < least:
@@ -155,16 +154,10 @@ class StageTransitions(StageCallback):
         resumed = not self.renewed and self.stash is not None and run.began > 0
         # It tells a run without events from one that was not watched.
         header = {"event": "transitions", "kinds": self.event_kinds}
-        self.writer.start([header, *self.events], resumed=resumed or run.encoding is not None)
-        without = []
-        if self._errors is None:
-            without.append("navigation and memorization (needs VelocityErrorMonitor)")
-        if self._rows is None:
-            without.append("a moved boundary (needs PosteriorMonitor and data to read again)")
-        if without:
-            self.say(f"cannot report {' and '.join(without)}")
-
-    restart = start
+        self.writer.start([header, *self.events], resumed=resumed or run.restarted)
+        cannot = [f"{kind} (lacks {lacks})" for kind, lacks in self.event_kinds.items() if lacks]
+        if cannot:
+            self.say(f"cannot report {'; '.join(cannot)}")
 
     def _steps_probed(self) -> list[int | None]:
         return [monitor.last for monitor in self._monitors]

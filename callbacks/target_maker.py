@@ -23,12 +23,9 @@ __all__ = ["maker_for", "own_scheme", "refuse_engine", "refuse_second", "schemes
 def maker_for(
     module: nn.Module, at: str | None, given: Scheme | Phases | None
 ) -> TargetMaker | None:
-    """What makes the targets of a module; None if the module holds the scheme and calls it itself.
+    """What makes the targets of a module; None if it holds the `given` scheme and calls it itself.
 
-    Args:
-        module: What is trained.
-        at: The name that was given, if any.
-        given: The scheme; None if it is made later.
+    `at` is the name that was given, if any.
     """
     if given is None or at is not None:
         return one_target_maker(module, at)
@@ -54,7 +51,7 @@ def refuse_engine(given: list[Scheme], setting: object) -> None:
 
 
 def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:
-    """Refuses a second callback of the same target maker, scheme or name."""
+    """Refuses a second callback of the same target maker or scheme."""
     for other in (one for one in before if isinstance(one, type(callback))):
         one, two = callback.maker, other.maker
         same = one and two and one.place.object is two.place.object
@@ -62,11 +59,6 @@ def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:
             raise ValueError(
                 f"Two StageScheme callbacks, {other.name!r} and {callback.name!r}, steer the same: "
                 f"{callback._where()}. Use one: StageScheme(timesteps=..., target=..., weight=...)."
-            )
-        if other.name == callback.name:
-            raise ValueError(
-                f"Expected a name for each StageScheme, got two with {callback.name!r}, which "
-                "share tags, files and state. Give it: StageScheme(..., name=...)."
             )
 
 

@@ -144,10 +144,7 @@ def read_bank(
 def storage_beside(device: torch.device, count: int, samples: Tensor) -> torch.dtype | None:
     """bfloat16, with a line of log, for a bank over 1 GB of training on a CUDA device, or None.
 
-    Args:
-        device: Where training is.
-        count: Rows of the bank.
-        samples: Some of them, (n, *).
+    `count` is that of all rows, `samples` are some of them, (n, *).
     """
     x = samples.detach().flatten(1)
     size = count * x.shape[1] * x.element_size()

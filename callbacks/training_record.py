@@ -67,7 +67,7 @@ class TrainingRecord:
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
         self._pull: Tensor | None = None
         self._waiting: list[tuple[Tensor, ...]] = []
-        self._bad: tuple[Tensor, ...] | None = None
+        self._unread: list[tuple[Tensor, ...]] = []
         self._hook: CallHook | None = None
 
     def expect(self, x1: Callable[[], Tensor], masks: Callable[[], object]) -> None:
@@ -139,8 +139,7 @@ class TrainingRecord:
         self._waiting = []
         self.sums.update(t, torch.stack([loss, pull]))
         bad = known & ~(loss.isfinite() & pull.isfinite())
-        record = bad, t, place, step
-        self._bad = record if self._bad is None else _first(self._bad, record)
+        self._unread.append((bad, t, place, step))
 
     def _of_all_ranks(self) -> BinnedSums:
         self._add()
@@ -175,10 +174,13 @@ class TrainingRecord:
     def nonfinite(self) -> dict[str, Any] | None:
         """The first batch since the last call that was not finite, if any; a device sync."""
         self._add()
-        record, self._bad = self._bad, None
-        if record is None or not bool(record[0].any()):
+        records, self._unread = self._unread, []
+        if not records:
             return None
-        bad, t, place, steps = (value.cpu() for value in record)
+        found = [torch.cat(part) for part in zip(*records, strict=True)]
+        if not bool(found[0].any()):
+            return None
+        bad, t, place, steps = (value.cpu() for value in found)
         step = int(steps[bad].min())
         bad &= steps == step
         rows, times = place[bad].tolist(), t[bad].tolist()
@@ -217,25 +219,16 @@ class TrainingRecord:
             )
         if rank:
             return
-        self._begin = state["begin"]
-        if "logged" in state:
-            self._logged = replace(self.sums)
-        for name, part in (("means", self.sums), ("logged", self._logged)):
-            for key, value in state.get(name, {}).items():
-                setattr(part, key, value.to(self.sums.edges))
+        self._begin, edges = state["begin"], self.sums.edges
+        means, logged = (
+            {key: value.to(edges) for key, value in state.get(name, {}).items()}
+            for name in ("means", "logged")
+        )
+        self.sums = replace(self._empty, **means)
+        self._logged = replace(self._empty, **logged) if logged else None
 
     def close(self) -> None:
         """Removes the hook."""
         if self._hook is not None:
             self._hook.remove()
         self._hook = None
-
-
-def _first(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The first of two records if it holds anything, else the other."""
-    keep, size = one[0].any(), max(len(one[0]), len(other[0]))
-
-    def padded(x: Tensor) -> Tensor:
-        return nn.functional.pad(x, (0, size - len(x)))
-
-    return tuple(torch.where(keep, padded(a), padded(b)) for a, b in zip(one, other, strict=True))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -36,6 +37,7 @@ from stagewise.callbacks.drawing import (
     by_step,
     centres,
     divide_stages,
+    finished,
     heading,
     in_order,
     legend,
@@ -47,7 +49,7 @@ from stagewise.callbacks.drawing import (
     step_colour,
     time_axis,
 )
-from stagewise.callbacks.figures import Event, step_columns
+from stagewise.callbacks.figures import Event, heatmap
 from stagewise.stages import StageCurve
 
 __all__ = [
@@ -112,12 +114,9 @@ def _over_time(edges: Edges, ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
 
 def _labelled(figure: Figure, ylabel: str, title: str, about: str) -> Figure:
     """A figure of errors from 0 on, with label, title and legend."""
-    axes = figure.axes[0]
-    axes.set(ylabel=ylabel)
-    axes.set_ylim(bottom=0)
-    heading(axes, title, about)
-    legend(figure)
-    return figure
+    figure.axes[0].set_ylabel(ylabel)
+    figure.axes[0].set_ylim(bottom=0)
+    return finished(figure, title, about)
 
 
 def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, about: str = "") -> Figure:
@@ -138,19 +137,14 @@ def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, about: str = "")
     return _labelled(figure, "MSE of the velocity, per number", title, about)
 
 
-def _chosen(probes: Sequence[Event]) -> list[Event]:
-    """At most ten probes, spread evenly from the first to the last."""
-    places = np.linspace(0, len(probes) - 1, min(10, len(probes)))
-    return [probes[i] for i in sorted({round(float(place)) for place in places})]
-
-
 def dynamics_figure(
     edges: Edges, probes: Sequence[Event], key: str, ends: Ends, about: str = ""
 ) -> Figure:
     """A curve for each of at most ten steps of training, coloured by step (as Fig. 8)."""
     figure, axes, t = _over_time(edges, ends)
     colours = by_step([probe["step"] for probe in probes])
-    for probe in _chosen(probes):
+    places = np.linspace(0, len(probes) - 1, min(10, len(probes)))
+    for probe in (probes[place] for place in places.round().astype(int)):
         colour = step_colour(colours, probe["step"])
         axes.plot(t, np.array(probe["train"][key], float), color=colour, lw=1.5)
     if key == "conditional":
@@ -178,18 +172,14 @@ def _heatmap(
     ends: Ends,
     marks: Marks,
     **colours: Any,
-) -> tuple[Figure, Axes, np.ndarray, Any]:
-    """Values, (T, P), over t and step; also the axes, the edges of their rows, and the mesh."""
-    figure = new_figure()
-    axes = figure.add_subplot(xlabel="training step")
-    time_axis(axes, centres(edges), which="y")
-    rows = np.clip(edges, *axes.get_ylim())
-    mesh = axes.pcolormesh(step_columns([p["step"] for p in probes]), rows, values, **colours)
+) -> tuple[Figure, Axes, QuadMesh]:
+    """A `heatmap` with stages and marks."""
+    figure, axes, mesh = heatmap(edges, [probe["step"] for probe in probes], values, **colours)
     divide_stages(axes, ends)
     for step, name in marks:
         axes.axvline(step, color="w", lw=2.4)
         axes.axvline(step, color=HELD_OUT, lw=1.2, ls="-.", label=f"{name}, step {step}")
-    return figure, axes, rows, mesh
+    return figure, axes, mesh
 
 
 def error_heatmap(
@@ -200,11 +190,9 @@ def error_heatmap(
     positive = values[np.isfinite(values) & (values > 0)]
     low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
     norm = LogNorm(max(low, high / 1e3), max(high, low * 1.01))
-    figure, axes, _, mesh = _heatmap(edges, probes, values, ends, marks, norm=norm, cmap=MAGNITUDE)
+    figure, axes, mesh = _heatmap(edges, probes, values, ends, marks, norm=norm, cmap=MAGNITUDE)
     log_ticks(figure.colorbar(mesh, label="MSE(oracle velocity), training samples").ax.yaxis)
-    heading(axes, "Oracle error while training", about)
-    legend(figure)
-    return figure
+    return finished(figure, "Oracle error while training", about)
 
 
 def gap_heatmap(
@@ -220,17 +208,15 @@ def gap_heatmap(
     noise = np.isfinite(values) & ~np.stack([gap_is_clear(probe) for probe in probes], axis=1)
     clear = np.where(noise, np.nan, values)
     largest = np.nanmax(np.abs(clear), initial=0.05)
-    figure, axes, rows, mesh = _heatmap(
-        edges, probes, clear, ends, marks, norm=TwoSlopeNorm(0, -largest, largest), cmap="PuOr_r"
-    )
-    columns, grey = step_columns([probe["step"] for probe in probes]), np.where(noise, 0.0, np.nan)
-    axes.pcolormesh(columns, rows, grey, cmap=ListedColormap([NOISE]), zorder=0.5)
+    norm = TwoSlopeNorm(0, -largest, largest)
+    figure, axes, mesh = _heatmap(edges, probes, clear, ends, marks, norm=norm, cmap="PuOr_r")
+    cells = np.moveaxis(np.asarray(mesh.get_coordinates()), 2, 0)
+    grey = np.where(noise, 0.0, np.nan)
+    axes.pcolormesh(*cells, grey, cmap=ListedColormap([NOISE]), zorder=0.5)
     figure.colorbar(mesh, label="share of the training error")
     label = "noise: less than 2 standard errors from 0 (by chance 1 in 20 is coloured)"
     axes.fill_between([], [], color=NOISE, label=label)
-    heading(axes, "Held-out minus training error", about)
-    legend(figure, ncols=1)
-    return figure
+    return finished(figure, "Held-out minus training error", about, ncols=1)
 
 
 def gap_is_clear(probe: Event) -> np.ndarray:
@@ -258,9 +244,7 @@ def stages_and_error_figure(
     other.tick_params(axis="y", colors=ORACLE)
     other.set_ylim(bottom=0)
     title = f"Where the data decide, and where the model errs, at step {probe['step']}"
-    heading(axes, title, about)
-    legend(figure, ncols=2)
-    return figure
+    return finished(figure, title, about, ncols=2)
 
 
 def spending_figure(edges: Edges, window: Event, ends: Ends) -> Figure:

@@ -20,7 +20,6 @@ from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.callbacks.writer import by_time, chart, tags_by_time
-from stagewise.masks import plain
 from stagewise.paths import same_path
 from stagewise.spectrum import predicted_boundary
 from stagewise.stages import StageBoundary, StageCurve, stage_edges
@@ -92,8 +91,7 @@ class VelocityErrorMonitor(ModelMonitor):
     """
 
     order = 2
-    held = (*ModelMonitor.held, "_record")
-    event = "velocity_probe"
+    event, kept_as = "velocity_probe", "events"
     charts = {
         "oracle error by stage": "/train/oracle/",
         "conditional error by stage": "/train/conditional/",
@@ -108,6 +106,7 @@ class VelocityErrorMonitor(ModelMonitor):
         "cost of a probe / step time": "/share_of_step_time$",
     }
     _record: TrainingRecord | None = None
+    _warned = _broke = False
 
     def __init__(
         self,
@@ -123,7 +122,6 @@ class VelocityErrorMonitor(ModelMonitor):
             raise ValueError(f"Expected `queries` of at least 2, got {queries}.")
         stage_edges(math.nan, strata)
         self.strata, self.queries = strata, queries
-        self.events: list[dict[str, Any]] = []
         self.boundary: StageBoundary | None = None
         self.edges = torch.empty(0)
 
@@ -134,25 +132,9 @@ class VelocityErrorMonitor(ModelMonitor):
         are lost when a run resumes, which the window tells under "lacking".
         """
         record = None if self._record is None else self._record.state_dict()
-        state = {**super().state_dict(), "events": self.events, "record": record}
-        del state["history"]
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state of a checkpoint for the start of training."""
-        self.events = list(state_dict["events"])
-        probes = [event for event in self.events if event["event"] == self.event]
-        super().load_state_dict({**state_dict, "history": probes})
+        return {**super().state_dict(), "record": record}
 
     # -- the course of a training -----------------------------------------------------------------
-
-    def start(self) -> None:
-        """Takes the bank, and reads training and held-out samples."""
-        super().start()
-        self.events = self._kept_events(self.events)
-        self._take_samples()
-        self.try_velocity(*self._rows)
-        self._warned = self._broke = False
 
     def _take_samples(self) -> None:
         count = self.strata * self.queries
@@ -163,10 +145,9 @@ class VelocityErrorMonitor(ModelMonitor):
         super().settle()
         run, oracle, network = self.run, self.oracle, self.network
         self.wise = self.is_wise(self._rows[1])
-        self._match_labels()
         predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=self.wise)
         self.edges = stage_edges(predicted, self.strata)
-        self._place_stages()
+        self._begin()
         record = (self.stash or {}).get("record")
         if self._record is not None and network is not None:
             if record is not None and not self.renewed:
@@ -195,19 +176,12 @@ class VelocityErrorMonitor(ModelMonitor):
             "midpoint": float(self._stages[1]),
             "collapsed": float(self._stages[2]),
         }
-        self.open_files(header, self.events)
+        self.open_files(header)
 
     @override
     def reread(self) -> None:
         if self._record is not None:
             self._record.take_first(self.run.look.search)
-
-    @override
-    def reconsider(self) -> None:
-        if self.network is not self.run.look.network and self._given is None:
-            began = self.run.began
-            self.events = [event for event in self.events if event.get("step", 0) <= began]
-        super().reconsider()
 
     def before_batch(self, step: int) -> None:
         """Gives the record the samples of the next batch."""
@@ -247,29 +221,20 @@ class VelocityErrorMonitor(ModelMonitor):
     def renew(self) -> None:
         """Reads samples of the changed latents, in the same bins so that probes can be compared."""
         super().renew()
-        self._take_samples()
-        self._match_labels()
-        self._place_stages()
+        self._begin()
 
-    def _match_labels(self) -> None:
-        """Refuses training samples without a class of the bank; drops such held-out samples."""
+    def _begin(self) -> None:
+        """Takes the boundary; makes a new record of what training spends on each stage.
+
+        Refuses training samples without a class of the bank, and drops such held-out samples.
+        """
         self._probes: dict[str, Probe] = {}
-        bank, labels = self.oracle.bank, self._rows[1]
-        if not self.wise:
-            return
-        if labels is None or plain(labels) is None:
-            raise ValueError(
-                "class_wise=True, but no labels were found in the training batches. Say where they "
-                "are: VelocityErrorMonitor(read_batch=lambda batch: (batch[0], batch[1]))."
-            )
-        for label in set(labels.tolist()):
-            bank.segment(label)
-        if self._others is not None and (has := self.lacks_classes(self._others)):
+        labels = self._rows[1] if self.wise else None
+        for label in () if labels is None else {*labels.tolist()}:
+            self.oracle.bank.segment(label)
+        if self.wise and self._others is not None and (has := self.lacks_classes(self._others)):
             self.say(f"held-out samples have {has}, so class-wise errors on them are left out.")
             self._others = None
-
-    def _place_stages(self) -> None:
-        """Takes the boundary, and a new record of what training spends on each stage."""
         self.boundary = self.run.boundary(self.oracle, self.wise)
         ends = torch.tensor([self.boundary.midpoint, self.boundary.collapsed]).double()
         self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
@@ -304,6 +269,7 @@ class VelocityErrorMonitor(ModelMonitor):
         found = {split: sums.over(add).to("cpu") for split, sums in asked.items()}
         entry = probe_entry(found, self.edges, self._stages)
         self._warn(entry)
+        self._name_nonfinite()
         self._window = None if self._record is None else self._record.window(step)
         return entry
 
@@ -320,7 +286,6 @@ class VelocityErrorMonitor(ModelMonitor):
     def probe(self, step: int, *, at_end: bool = False) -> None:
         """Probes, and writes what training has spent since the last probe; a collective."""
         super().probe(step, at_end=at_end)
-        self.events.append(self.history[-1])
         if self._window is not None:
             window = self._window | ({"at_end": True} if at_end else {})
             self.writer.event(window)
@@ -372,7 +337,8 @@ class VelocityErrorMonitor(ModelMonitor):
         assert self.boundary is not None
         ends = (self.boundary.midpoint, self.boundary.collapsed)
         about = counted(len(self.oracle.bank), self.queries, self.strata)
-        told = (event for one in self.run.members for event in getattr(one, "events", ()))
+        others = [one for one in self.run.members if not isinstance(one, ModelMonitor)]
+        told = (event for one in others for event in getattr(one, "events", ()))
         marks = [(e["step"], e["kind"]) for e in told if e["event"] == "transition"]
         curve, edges = self._curve_beside(), self.edges.tolist()
         return velocity_figures.of_run(edges, probes, self._window, curve, ends, about, marks)

@@ -27,7 +27,7 @@ from typing_extensions import Self, Unpack, override
 
 from stagewise.adapters import find_couplings, find_target_makers
 from stagewise.bank import LatentBank
-from stagewise.callbacks.host import Host
+from stagewise.callbacks.host import Host, changes
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.run import StageRun
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
@@ -115,8 +115,6 @@ class Watch(Host):
         self.known, self.global_step = (self.module, target), 0
         self._held_out, self._run = held_out_loader, StageRun(bank, **options)
         self.members = [*callbacks, self._run]
-        for callback in callbacks:
-            getattr(callback, "setup", lambda *_: None)(None, None, "fit")
         if len({member.state_key for member in self.members}) < len(self.members):
             raise ValueError(
                 "Expected a name for each of several callbacks of one kind, which share files and "
@@ -202,7 +200,7 @@ class Watch(Host):
 
     def __del__(self) -> None:
         if getattr(self, "_begun", False) and not sys.is_finalizing():
-            settled = getattr(self._run, "settled", False)  # otherwise an error has been raised
+            settled = self._run.settled  # otherwise an error has been raised
             self._run.close()
             if settled:
                 rank_zero_warn(
@@ -280,21 +278,15 @@ class Watch(Host):
             "Watch(model, loader, PosteriorMonitor())."
         )
 
-    def _changes(self, optimizer: torch.optim.Optimizer) -> bool:
-        weights = {id(one) for one in self.module.parameters()}
-        return any(
-            id(one) in weights for group in optimizer.param_groups for one in group["params"]
-        )
-
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """Before a step of any optimizer; only those of the model count."""
         if all(optimizer is not known for known in self.optimizers):
-            if not self._changes(optimizer):
+            if not changes(optimizer, self.module):
                 # The optimizer of a discriminator may step before that of the model.
                 if self._open and not self._run.settled and self._run.look.search.empty:
                     kind = torch.optim.Optimizer
                     every = [one for one in gc.get_objects() if issubclass(type(one), kind)]
-                    if not any(map(self._changes, every)):
+                    if not any(changes(one, self.module) for one in every):
                         raise self._idle()
                 return None
             self.optimizers = [*self.optimizers, optimizer]

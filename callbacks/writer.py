@@ -36,7 +36,7 @@ from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.files import is_full, jsonable, replace_file
 
-__all__ = ["Writer", "as_logger", "by_time", "chart", "show_pictures", "tags_by_time"]
+__all__ = ["Writer", "as_logger", "by_time", "chart", "margin", "show_pictures", "tags_by_time"]
 
 _WARNED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
@@ -112,10 +112,7 @@ class Writer:
 
     def text(self, tag: str, message: str, step: int) -> None:
         """Shows a line of text under its full tag, in the loggers that show text."""
-        for logger in self._loggers if self.active else ():
-            with _spared(logger, f"the text {tag}"):
-                if hasattr(board := _experiment(logger), "add_text"):
-                    board.add_text(tag, message, step)
+        self._on_boards("add_text", f"the text {tag}", tag, message, step)
 
     def announce(
         self, step: int, kind: str, message: str, evidence: Mapping[str, Any]
@@ -161,10 +158,14 @@ class Writer:
         """Sets TensorBoard's custom-scalars page to the charts of all callbacks, and the epoch."""
         page = {one.name: charts for one in callbacks if (charts := one.layout())}
         page |= {"epoch": {"epoch": chart(["epoch"])}}
+        self._on_boards("add_custom_scalars", "the page of its custom scalars", page)
+
+    def _on_boards(self, method: str, what: str, *values: Any) -> None:
+        """Calls a method of all loggers' experiments that have it."""
         for logger in self._loggers if self.active else ():
-            with _spared(logger, "the page of its custom scalars"):
-                if hasattr(board := _experiment(logger), "add_custom_scalars"):
-                    board.add_custom_scalars(page)
+            with _spared(logger, what):
+                if (add := getattr(_experiment(logger), method, None)) is not None:
+                    add(*values)
 
 
 def _append(file: Path, events: Iterable[Mapping[str, Any]]) -> None:
@@ -192,6 +193,11 @@ def chart(tags: Sequence[str]) -> list[Any]:
     """
     places = np.linspace(0, len(tags) - 1, min(4, len(tags))).round().astype(int)
     return ["Multiline", [f"^{re.escape(tags[place])}$" for place in places]]
+
+
+def margin(tag: str) -> list[Any]:
+    """A chart of a number with its interval."""
+    return ["Margin", [f"{tag}{end}" for end in ("", "_low", "_high")]]
 
 
 def show_pictures(

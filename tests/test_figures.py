@@ -90,9 +90,11 @@ def test_curves_are_those_of_the_data():
 
 def test_at_most_ten_curves_with_the_first_and_the_last():
     probes = [probe(step) for step in range(1, 300, 7)]
-    shown = pictures._chosen(probes)
-    assert len(shown) <= 10
-    assert (shown[0]["step"], shown[-1]["step"]) == (1, probes[-1]["step"])
+    figure = pictures.dynamics_figure(EVEN, probes, "oracle", BOUNDARY)
+    shown = [line.get_ydata() for line in figure.axes[0].lines if len(line.get_xdata()) == 8]
+    assert len(shown) == 10
+    for curve, entry in ((shown[0], probes[0]), (shown[-1], probes[-1])):
+        np.testing.assert_array_equal(curve, entry["train"]["oracle"])
 
 
 def test_the_gap_is_a_share_around_zero():

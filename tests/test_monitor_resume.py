@@ -158,5 +158,5 @@ def test_loading_state_only_stashes(run, tmp_path):
     fresh.load_state_dict(state)
     assert json.dumps(fresh.state_dict()) == json.dumps(state)
     assert fresh.oracle is None
-    fresh.history.append({})
+    fresh.events.append({})
     assert len(monitor.history) == 2, "the state is not shared"

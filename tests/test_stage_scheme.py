@@ -712,13 +712,7 @@ def test_two_that_steer_the_same(fit, bank):
 
 def test_two_without_a_name(fit, bank):
     one, two = StageScheme(SCHEMES["mix"](bank)), StageScheme(target=Mix(), bank=bank)
-    refused(fit, Matched(), one, two, match=r"steer the same: module\.FM\. Use one")
-    one, two = (
-        StageScheme(timesteps=Uniform(), target_maker=f"module.{at}") for at in ("FM", "other")
-    )
-    assert one.state_key != two.state_key
-    refused(fit, Both(), one, two, match="a name for each StageScheme, got two with 'stagewise_sch")
-    # In training it is that of the name, so that another process resumes it.
+    refused(fit, Matched(), one, two, match="state_key` must be unique", error=RuntimeError)
     assert one.state_key == two.state_key == "StageScheme{'name': 'stagewise_scheme'}"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from stagewise import AtEvent, LatentBank, LogitNormal, Phase, Phases, Scheme, Uniform
+from stagewise import AtEvent, LatentBank, LogitNormal, Mix, Phase, Phases, Scheme, Uniform
 from stagewise.callbacks import (
     PosteriorMonitor,
     StageRun,
@@ -124,6 +124,23 @@ def test_it_needs_a_monitor(fit):
     fit(gaussian(64), StageTransitions(), PosteriorMonitor(strata=4, queries=4), steps=2)
 
 
+class Shrink(pl.Callback):
+    """Changes the tensor that the data set of the loader holds."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 6:
+            self.x.mul_(0.2)
+
+
+def test_targets_over_latents_that_have_changed_are_not_passed_over(fit):
+    x, posterior = gaussian(64), PosteriorMonitor(every_n_steps=5, strata=4, queries=8)
+    with pytest.warns(UserWarning, match="StageScheme: the training latents have changed"):
+        fit(x, posterior, StageTransitions(), StageScheme(target=Mix(1.0)), Shrink(x), steps=12)
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_changed_latents_are_measured_anew(fit, given):
     """Latents that an encoder shrinks in the middle of training: the boundary moves."""
@@ -134,13 +151,8 @@ def test_changed_latents_are_measured_anew(fit, given):
     errors = VelocityErrorMonitor(every_n_steps=5, strata=4, queries=8)
     events = StageTransitions()
 
-    class Shrink(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 6:
-                x.mul_(0.2)  # the data set of the loader holds this tensor
-
     said = [StageRun()] if given else []
-    fit(x, *said, posterior, errors, events, Shrink(), steps=16)
+    fit(x, *said, posterior, errors, events, Shrink(x), steps=16)
     (event,) = [event for event in events.events if event["kind"] == BOUNDARY_MOVED]
     assert event["step"] == 10
     evidence = event["evidence"]

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import weakref
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -196,9 +196,12 @@ def test_it_steers_and_lets_go(loop):
         mine.train(watch, 3)
         record = steers.scheme.last
         assert mine.loss.scheme is steers.scheme
-        with watch.validation():
-            assert mine.loss.scheme is None
-        assert mine.loss.scheme is steers.scheme
+        for depth in (1, 2):
+            with ExitStack() as nested:
+                for _ in range(depth):
+                    nested.enter_context(watch.validation())
+                assert mine.loss.scheme is None
+            assert mine.loss.scheme is steers.scheme
     assert mine.loss.scheme is None
     assert torch.equal(record.lam > 0, record.t < 0.6)
     plain = loop()

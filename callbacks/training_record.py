@@ -18,7 +18,7 @@ from torch.utils.hooks import unserializable_hook
 from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import Network
 from stagewise.adapters.network_search import NetworkSearch
-from stagewise.adapters.objective import nominal_shares
+from stagewise.adapters.own import nominal_shares
 from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.callbacks.writer import by_time
 from stagewise.masks import MaskedLabels, zeroed

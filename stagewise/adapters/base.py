@@ -10,14 +10,15 @@ A maker can also be watched: `observe` reports what each target is made from, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stagewise.adapters.hooks import in_place_of
+from stagewise.batches import leaves_of
 from stagewise.conventions import STAGEWISE, Convention
 from stagewise.masks import MaskedLabels
 from stagewise.paths import Path, Prediction, same_path
@@ -67,8 +68,8 @@ class Seen:
         self.conditions = tuple((name, value.detach()) for name, value in self.conditions)
 
 
-Tell = Callable[[Seen], None]
-"""Called for every target that is made with gradients enabled."""
+Tell = Callable[..., None]
+"""Called for every target with the fields of a `Seen`; conditions by name, with what holds them."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class Place:
     name: str  # such as "module.FM"
     owner: Any = None  # what holds it as an attribute; None at the root and inside containers
     attribute: str = ""  # of `owner`
+
+    @property
+    def call(self) -> tuple[Any, str]:
+        """What holds the callable that a call of the object runs, None if unknown, and its name."""
+        # Python looks `__call__` up on the class; a module's `forward` can be set on the instance.
+        if isinstance(self.object, nn.Module):
+            return self.object, "forward"
+        return self.owner, self.attribute
 
 
 class TargetMaker:
@@ -102,6 +111,7 @@ class TargetMaker:
         weights: Whether it can weigh each sample's loss.
         timesteps: Whether it can draw t.
         losses: Whether it sees each sample's loss.
+        by_call: Whether calling the object makes the target, so that it must be an attribute.
         late: Whether another scheme can be attached while it reports a target.
         observable: Whether `observe` can report anything.
         coupled: Whether it, or an object beside it, pairs noise with data.
@@ -115,6 +125,7 @@ class TargetMaker:
     weights: bool = False
     timesteps: bool = False
     losses: bool = False
+    by_call: bool = False
     late: bool = False
     observable: bool = True
 
@@ -128,8 +139,10 @@ class TargetMaker:
     ) -> None:
         self.place, self.path = place, path
         self.prediction, self.convention = prediction or convention.prediction, convention
-        self.refusal = refusal
-        self.coupled = False
+        self.refusal, self.coupled = refusal, False
+        if self.by_call and place.call[0] is None:
+            self.observable = False
+            self.refusal = refusal or "keep it as an attribute, self.loss_fn."
         self._last: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -212,11 +225,12 @@ class TargetMaker:
                 "times, or give the scheme no timesteps."
             )
 
-    def observe(self, tell: Tell) -> Detach:
+    def observe(self, tell: Callable[[Seen], None]) -> Detach:
         """Reports what every target is made from, and changes nothing.
 
-        Only calls with gradients enabled count, and none that `torch.compile` traces. A maker can
-        be observed several times, steered, and released in any order.
+        Only calls with gradients enabled count, or those of a `StageTarget` that trains, and none
+        that `torch.compile` traces. A maker can be observed several times, steered, and released in
+        any order.
 
         Args:
             tell: Called with a `Seen`; an error that it raises stops the training.
@@ -224,7 +238,21 @@ class TargetMaker:
         Returns:
             A function that ends it. If `observable` is False nothing is ever reported.
         """
-        return self._observe(tell) if self.observable else chained()
+
+        def report(
+            x1: Tensor,
+            x0: Tensor | None = None,
+            t: Tensor | None = None,
+            xt: Tensor | None = None,
+            given: Mapping[str, Any] | None = None,
+            *more: Any,
+        ) -> None:
+            if self.late or watched():
+                held = (given or {}).items()
+                leaves = tuple(pair for name, value in held for pair in leaves_of(value, name))
+                tell(Seen(x1, x0, t, xt, leaves, *more))
+
+        return self._observe(report) if self.observable else chained()
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         raise NotImplementedError
@@ -256,7 +284,7 @@ class _Rebound:
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return in_place_of(self.__wrapped__)
+        return operator.getitem, ((self.__wrapped__,), 0)
 
 
 def unwrapped(value: Any) -> Any:

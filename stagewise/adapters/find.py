@@ -11,9 +11,8 @@ from stagewise.adapters.base import Place, TargetMaker, unwrapped
 from stagewise.adapters.diffusers import NoiseScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
-from stagewise.adapters.objective import Objective
+from stagewise.adapters.own import Objective, StageTargetMaker
 from stagewise.adapters.repa import REPALoss
-from stagewise.adapters.stage_target import StageTargetMaker
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
 from stagewise.conventions import CONVENTIONS, DIFFUSERS, STAGEWISE, Convention, path_of

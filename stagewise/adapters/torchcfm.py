@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, chained, rebind, watched
+from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, chained, rebind
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
 from stagewise.noise import check_noise
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
@@ -68,8 +68,7 @@ class TorchCFM(TargetMaker):
         def look(x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor) -> None:
             nonlocal told
             told = True
-            if watched():
-                tell(Seen(x1, None if self._makes_noise else x0, t, xt))
+            tell(x1, None if self._makes_noise else x0, t, xt)
 
         def wrap_pairs(plain: Any) -> Callable[..., Any]:
             def sample(x0: Tensor, x1: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -197,8 +197,6 @@ class FirstStep(BatchSamples):
         self.network = None if first is None or first.inner else first.network
         if self.network is not None:
             self.conditions = self.network.conditions
-        elif self.search.beside:
-            self.conditions = (self.search.beside,)
         elif self.seen is not None:
             given = self.seen[1].conditions
             self.conditions = tuple(

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from stagewise.adapters.answers import Gradients, tensors_of
 from stagewise.adapters.base import Detach, Seen, TargetMaker
-from stagewise.adapters.calls import Call, conditioning, readings, retimed
+from stagewise.adapters.calls import Call, readings, retimed
+from stagewise.adapters.conditions import conditioning, kept
 from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
 from stagewise.adapters.hooks import CallHook, eager
 from stagewise.adapters.lines import call_text, guessed_line, where
@@ -56,7 +57,6 @@ class NetworkSearch:
 
     Attributes:
         compiled: Whether the whole training step is compiled, so that nothing can be watched.
-        beside: What lies beside x_t on its channels, if no call fits for that reason.
         empty: Whether no submodule was called with gradients so far.
         encoders: Calls with `x_1` of the batch, or what is made of it; None if they are not kept.
         reasons: What the calls say about `x_1` of the batch.
@@ -81,7 +81,7 @@ class NetworkSearch:
             if not any(_alike(maker, other) for other in self.makers):
                 self.makers.append(maker)
         self._candidates, self._batch, self._seen = candidates, batch, seen
-        self.compiled, self.empty, self.beside = _is_compiled(root), True, ""
+        self.compiled, self.empty = _is_compiled(root), True
         self._matches: list[Match] = []
         self.reasons = Reasons(self.makers, plain(labels), labels_name)
         self._goes_on: tuple[str, str] | None = None
@@ -241,36 +241,16 @@ class NetworkSearch:
                 continue
             # The argument with the most values is the time: labels have fewer.
             reading = max(fits, key=lambda reading: reading.moments)
-            slots = conditioning(call, reading.slots, self.labels, self._batch)
-            network = Network(call.module, call.name, reading.maker, slots.kept(call.leaves))
-            match = Match(network, call, replace(reading, slots=slots), text, x1)
+            slots = conditioning(reading.slots, self.labels, self._batch)
+            network = Network(reading.maker, kept(slots))
+            match = Match(network, replace(reading, slots=slots), text, x1)
             if own is not None:
                 match.diagnosis = self.reasons.compare(call.name, reading, text, x1, *own)
                 match.other = text not in (GIVEN, own[0])
             return match
         if candidates and not self._matches:
             self.reasons.note(call, candidates)
-            self.beside = self.beside or self._channels(call, candidates[0][1])
         return None
-
-    def _channels(self, call: Call, x1: Tensor) -> str:
-        """What lies beside `x_t` on the channels of one argument, such as an image to fill in."""
-        size, shape = x1.shape[1], tuple(x1.shape)
-        for k, leaf in enumerate(call.leaves):
-            if not isinstance(leaf, Tensor) or leaf.ndim != x1.ndim or leaf.ndim < 3:
-                continue
-            more = leaf.shape[1] - size
-            if more < 1 or (*leaf.shape[:1], size, *leaf.shape[2:]) != shape:
-                continue
-            for part in (leaf[:, :size], leaf[:, more:]):
-                other = replace(
-                    call, leaves=[part if n == k else x for n, x in enumerate(call.leaves)]
-                )
-                makers = [*self.makers, *retimed(call, self._seen())]
-                for reading in readings(other, shape, x1, makers, plain(self.labels)):
-                    if reading.noisy.fits(x1):
-                        return f"{call.names[k]}: {more} channels beside those of x_t"
-        return ""
 
     def _take(self, match: Match, args: Any, kwargs: Any, output: Any) -> None:
         """Adds a call that fits, unless its module is frozen or was called before."""
@@ -288,7 +268,7 @@ class NetworkSearch:
             self._matches = [known for known in self._matches if not known.other]
         if match.matched == GIVEN:  # it is now known what is trained on
             self._matches = [known for known in self._matches if equals(known.x1, match.x1)]
-        called = any(known.call.module is match.call.module for known in self._matches)
+        called = any(known.network.module is match.network.module for known in self._matches)
         if not called and (self.first is None or self.first.other == match.other):
             self._matches.append(match)
 
@@ -297,7 +277,7 @@ class NetworkSearch:
         first = self._matches[0]
         slots, answer = first.reading.slots, first.made[2]
         if (
-            call.module is first.call.module
+            call.module is first.network.module
             or not isinstance(output, Tensor)
             or output.shape != first.x1.shape
             or not any(leaf is answer for leaf in call.leaves)
@@ -305,9 +285,8 @@ class NetworkSearch:
         ):
             return
         start, _, inner = first.line.partition("labels: ")
-        known = {id(answer): inner, id(first.call.leaves[slots.x]): "xt"}
-        if not slots.columns:
-            known[id(first.call.leaves[slots.time])] = "t"
+        leaves = slots.call.leaves
+        known = {id(answer): inner, id(leaves[slots.x]): "xt", id(leaves[slots.time]): "t"}
         self._goes_on = call.name, f"{start}labels: {call_text(call, known)}"
 
 

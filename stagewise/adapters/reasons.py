@@ -10,7 +10,8 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from stagewise.adapters.base import TargetMaker
-from stagewise.adapters.calls import Call, Reading, conditioning, readings, short
+from stagewise.adapters.calls import Call, Reading, readings
+from stagewise.adapters.conditions import conditioning, short
 from stagewise.adapters.fitting import arranged, factor_of, layout_of
 from stagewise.adapters.lines import velocity_line, where
 from stagewise.adapters.rows import equals
@@ -147,17 +148,17 @@ class Reasons:
                 if lean and not self._coupled:
                     self._coupled = _depends(call.name, lean, reading.noisy.scale(x1))
         for reading in readings(call, None, own, self._makers, self._labels):
-            self._explains(call, reading, text, own)
+            self._explains(call.name, reading, text, own)
 
-    def _explains(self, call: Call, reading: Reading, text: str, own: Tensor) -> None:
-        """Records what would make `x_1` of the batch fit a reading of a call."""
+    def _explains(self, name: str, reading: Reading, text: str, own: Tensor) -> None:
+        """Records what would make `x_1` of the batch fit a reading of a call of `name`."""
         noisy, shape = reading.noisy, tuple(reading.noisy.xt.shape)
         before = [made for made in self.made if made.shape == shape]
         alone = [made for made in before if made.alone and made.shape == self._shape]
         if alone and self._guess is None:
             self._guess = Diagnosis(
                 "encoded",
-                f"{where(alone[0].name)} is called with x_1 alone before {where(call.name)}, so "
+                f"{where(alone[0].name)} is called with x_1 alone before {where(name)}, so "
                 "training may be on its output. Say how: encode=lambda x, module: ..., or give the "
                 "x1 of training to a StageTarget in the step, self.target(u, xt=xt, t=t, x1=x1).",
                 module=where(alone[0].name),
@@ -168,8 +169,8 @@ class Reasons:
                 self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
             by_sigma = reading.maker.convention.by_sigma  # such a time has only one direction
             if not by_sigma and replace(noisy, t=1 - noisy.t).fits(own):
-                turned = replace(reading, slots=conditioning(call, reading.slots, self._labels))
-                line = velocity_line(call, turned, turned="(1 - t)")
+                turned = replace(reading, slots=conditioning(reading.slots, self._labels))
+                line = velocity_line(turned, turned="(1 - t)")
                 cure = f"Say how to ask it: {line}"
                 told = reading.maker.convention
                 if reading.maker.place.object is None:  # assumed, or given for the whole step
@@ -182,7 +183,7 @@ class Reasons:
                         'such as convention="pi0".'
                     )
                 message = (
-                    f"{where(call.name)} fits x_1 of the batch if its time runs the other way "
+                    f"{where(name)} fits x_1 of the batch if its time runs the other way "
                     f"than {reading.maker.name} says. {cure}"
                 )
                 self._diagnoses.append(Diagnosis("reversed", message))
@@ -191,7 +192,7 @@ class Reasons:
                 self._diagnoses.append(self._rearranged(layout, text))
         for made in before:
             tensor = made.tensor()
-            given = call.leaves[reading.slots.x]
+            given = reading.slots.call.leaves[reading.slots.x]
             if tensor is None or equals(tensor, own) or tensor is given:
                 continue
             factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)

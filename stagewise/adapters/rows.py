@@ -1,4 +1,4 @@
-"""Which samples that are trained on are which of a batch, and what their classes are."""
+"""Which samples that are trained on are which of a batch, and which numbers are their classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import leaves_of
 
-__all__ = ["equals", "is_label", "labels_of_rows", "place_of", "version_of"]
+__all__ = [
+    "agreement",
+    "equal",
+    "equals",
+    "is_label",
+    "labels_of_rows",
+    "place_of",
+    "version_of",
+]
 
 
 def equals(x: Any, x1: Tensor) -> bool:
@@ -66,3 +74,35 @@ def labels_of_rows(
     if len(piece) < len(x1) or not bool((piece.to(x1) == x1).flatten(1).all(1)[known].all()):
         return None
     return labels[start : start + len(x1)]
+
+
+def agreement(leaf: Tensor, labels: Tensor, *, one_hot: bool) -> int:
+    """How many of the batch's labels a leaf has; -1 if it does not hold them.
+
+    Labels that were dropped, for classifier-free guidance, all have one other value.
+    """
+    labels, size = labels.reshape(-1).to(leaf.device), len(leaf)
+    if len(labels) != size or leaf.dtype is torch.bool and not one_hot:
+        return -1
+    if one_hot:
+        if leaf.ndim != 2 or not bool(((leaf == 0) | (leaf == 1)).all()):
+            return -1
+        count = leaf.sum(1)
+        if bool((count > 1).any()):
+            return -1
+        classes = torch.where(count == 1, leaf.to(torch.uint8).argmax(1), -1)
+    elif leaf.numel() != size:
+        return -1
+    elif leaf.is_floating_point():
+        return size if equal(leaf.reshape(-1), labels) else -1
+    else:
+        classes = leaf.reshape(-1).long()
+    other = classes != labels
+    dropped, agree = classes[other].unique(), size - int(other.sum())
+    return agree if len(dropped) <= 1 and agree else -1
+
+
+def equal(x: Tensor, labels: Tensor) -> bool:
+    """Whether numbers, (B,), equal the labels."""
+    labels = labels.reshape(-1).to(x.device)
+    return x.shape == labels.shape and bool((x.double() == labels.double()).all())

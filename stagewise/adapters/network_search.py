@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.answers import Gradients, tensors_of
+from stagewise.adapters.answers import Gradients
 from stagewise.adapters.base import Detach, Seen, TargetMaker
 from stagewise.adapters.calls import Call, readings, retimed
 from stagewise.adapters.conditions import conditioning, kept
@@ -33,6 +33,7 @@ from stagewise.adapters.lines import call_text, guessed_line, where
 from stagewise.adapters.network import Match, Network
 from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, own_of
 from stagewise.adapters.rows import equals
+from stagewise.batches import leaves_of
 from stagewise.masks import plain
 from stagewise.paths import same_path
 from stagewise.stage_target import StageTarget
@@ -254,7 +255,7 @@ class NetworkSearch:
 
     def _take(self, match: Match, args: Any, kwargs: Any, output: Any) -> None:
         """Adds a call that fits, unless its module is frozen or was called before."""
-        given = [tensor for _, tensor in tensors_of(output)]
+        given = [tensor for _, tensor in leaves_of(output)]
         if given and not any(tensor.requires_grad for tensor in given):
             return
         for tensor in given:

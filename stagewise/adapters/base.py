@@ -22,11 +22,13 @@ from stagewise.batches import leaves_of
 from stagewise.conventions import STAGEWISE, Convention
 from stagewise.masks import MaskedLabels
 from stagewise.paths import Path, Prediction, same_path
+from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.conditions import check_conditions
 
 __all__ = [
     *("Detach", "Place", "Seen", "TargetMaker", "Tell"),
-    *("rebind", "chained", "unwrapped", "watched"),
+    *("class_labels", "rebind", "chained", "unwrapped", "watched"),
 ]
 
 Detach = Callable[[], None]
@@ -345,6 +347,19 @@ def chained(*detach: Detach) -> Detach:
             each()
 
     return restore
+
+
+def class_labels(
+    scheme: Scheme | Phases, model_kwargs: Mapping[str, Any] | None, x1: Tensor
+) -> Labels | None:
+    """The classes "y" among a model's arguments; refuses others that the targets ignore."""
+    others = dict(model_kwargs or {})
+    y = others.pop("y", None)
+    found = [
+        check_conditions(part, [y], [others], len(x1), part.with_masks(None, None, x1))
+        for part in parts(scheme)
+    ]
+    return next((labels for labels in found if labels is not None), None)
 
 
 def watched() -> bool:

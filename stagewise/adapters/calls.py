@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seen, TargetMaker
 from stagewise.adapters.fitting import Noisy
-from stagewise.adapters.rows import agreement, equal, equals
+from stagewise.adapters.rows import agreement, equals
 from stagewise.conventions import Convention
 
 __all__ = ["Call", "Columns", "Reading", "Slots", "moved", "readings", "retimed"]
@@ -133,7 +133,7 @@ def readings(
     for slots in _places(call, shape, size, labels):
         x, time = slots.read()
         moments = len(torch.unique(time))
-        if moments == 1 < size or (labels is not None and equal(time, labels)):
+        if moments == 1 < size or (labels is not None and equals(time, labels.reshape(-1))):
             continue
         if equals(x, x1):
             continue

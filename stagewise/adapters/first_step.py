@@ -275,13 +275,12 @@ class FirstStep(BatchSamples):
     def _candidates(self) -> list[tuple[str, Tensor]]:
         """Name and tensor of everything that may be x_1, the likeliest first."""
         given = self._changed_x1() if self.seen is None else self.seen[1].x1
-        found = [] if given is None else [(GIVEN, given)]
-        if self.x1 is not None:
-            found.append((self.x1_at or "batch[0]", self.x1))
-        for name, leaf in leaves_of(self.batch):
-            if leaf.is_floating_point() and leaf.ndim > 1 and name != self.x1_at:
-                found.append((name, leaf))
-        return found
+        own = self.x1_at or "batch[0]"
+        others = (pair for pair in leaves_of(self.batch) if pair[0] != self.x1_at)
+        found = ((GIVEN, given), (own, self.x1), *others)
+        return [
+            (at, x) for at, x in found if x is not None and x.is_floating_point() and x.ndim > 1
+        ]
 
     @property
     def trained_x1(self) -> Tensor | None:

@@ -188,11 +188,7 @@ class NetworkSearch:
         trains = torch.is_grad_enabled()
         with torch.no_grad():
             call = Call.of(name, module, args, kwargs)
-            candidates = [
-                (text, x1.detach())
-                for text, x1 in self._candidates()
-                if x1.is_floating_point() and x1.ndim > 1
-            ]
+            candidates = [(text, x1.detach()) for text, x1 in self._candidates()]
             own = own_of(candidates)
             alone = len(call.leaves) == 1 and own is not None and equals(call.leaves[0], own[1])
             makes = isinstance(module, StageTarget) or id(module) in self._makers

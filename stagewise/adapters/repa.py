@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, rebind
+from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, class_labels, rebind
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.conventions import CONVENTIONS
 from stagewise.paths import expand_like
-from stagewise.schemes import Phases, Scheme, parts
-from stagewise.schemes.conditions import check_conditions
+from stagewise.schemes import Phases, Scheme
 
 __all__ = ["REPALoss"]
 
@@ -73,9 +72,7 @@ class REPALoss(TargetMaker):
             model_kwargs: Mapping[str, Any] | None = None,
             zs: Any = None,
         ) -> tuple[Tensor, Any]:
-            others = dict(model_kwargs or {})
-            y = others.pop("y", None)
-            labels = [check_conditions(part, [y], [others], len(images)) for part in parts(scheme)]
+            labels = class_labels(scheme, model_kwargs, images)
             t = weight = torch.empty(0)
 
             def steered(x: Tensor, time: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
@@ -86,9 +83,7 @@ class REPALoss(TargetMaker):
                 noise = (x - alpha * images) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
                 x = (x + alpha * (x1 - images)).to(x)
                 u = d_alpha * x1 + d_sigma * noise
-                target, weight = scheme(
-                    u, xt=x, t=t, x1=x1, labels=next((y for y in labels if y is not None), None)
-                )
+                target, weight = scheme(u, xt=x, t=t, x1=x1, labels=labels)
                 answer, *more = model(x, time, **kwargs)
                 # The loss uses the negative velocity of the images before smoothing.
                 moved = (target - u) + d_alpha * (x1 - images)

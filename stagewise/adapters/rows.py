@@ -13,7 +13,6 @@ from stagewise.batches import leaves_of
 
 __all__ = [
     "agreement",
-    "equal",
     "equals",
     "is_label",
     "labels_of_rows",
@@ -34,7 +33,7 @@ def version_of(x: Tensor) -> int:
 
 def is_label(x: Tensor) -> bool:
     """Whether a tensor can hold the class of each sample."""
-    return not x.is_floating_point() and x.numel() == len(x)
+    return not x.is_floating_point() and x.ndim > 0 and x.numel() == len(x)
 
 
 def place_of(tensor: Tensor, batch: Any) -> str:
@@ -94,15 +93,9 @@ def agreement(leaf: Tensor, labels: Tensor, *, one_hot: bool) -> int:
     elif leaf.numel() != size:
         return -1
     elif leaf.is_floating_point():
-        return size if equal(leaf.reshape(-1), labels) else -1
+        return size if equals(leaf.reshape(-1), labels) else -1
     else:
         classes = leaf.reshape(-1).long()
     other = classes != labels
     dropped, agree = classes[other].unique(), size - int(other.sum())
     return agree if len(dropped) <= 1 and agree else -1
-
-
-def equal(x: Tensor, labels: Tensor) -> bool:
-    """Whether numbers, (B,), equal the labels."""
-    labels = labels.reshape(-1).to(x.device)
-    return x.shape == labels.shape and bool((x.double() == labels.double()).all())

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, chained, rebind
+from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, chained, class_labels, rebind
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.conventions import CONVENTIONS, STAGEWISE
 from stagewise.paths import Prediction
-from stagewise.schemes import Phases, Scheme, parts
-from stagewise.schemes.conditions import check_conditions
+from stagewise.schemes import Phases, Scheme
 
 __all__ = ["Transport"]
 
@@ -113,13 +112,7 @@ class Transport(TargetMaker):
             **kwargs: Any,
         ) -> dict[str, Any]:
             nonlocal call
-            told = dict(model_kwargs or {})
-            y = told.pop("y", None)
-            found = [
-                check_conditions(part, [y], [told], len(x1), part.with_masks(None, None, x1))
-                for part in parts(scheme)
-            ]
-            call = {"labels": next((labels for labels in found if labels is not None), None)}
+            call = {"labels": class_labels(scheme, model_kwargs, x1)}
             try:
                 terms = plain_losses(model, x1, model_kwargs, *args, **kwargs)
                 if "weight" not in call:  # a subclass made its target without the plan

@@ -16,7 +16,6 @@ from stagewise.adapters.base import TargetMaker
 from stagewise.adapters.calls import Call, Reading, Slots, moved
 from stagewise.adapters.conditions import conditioning, kept, rows_of
 from stagewise.adapters.lines import velocity_line, where
-from stagewise.adapters.reasons import Diagnosis
 from stagewise.conventions import DDPMPath
 from stagewise.masks import MaskedLabels, plain
 
@@ -176,7 +175,7 @@ class Match:
     matched: str  # the name of the candidate that it fits
     x1: Tensor  # that candidate, (B, *), detached
     made: tuple[Any, Any, Any] = (None, None, None)  # arguments, keyword arguments and output
-    diagnosis: Diagnosis | None = None  # why the candidate is not `x_1` of the batch
+    diagnosis: str = ""  # why the candidate is not `x_1` of the batch
     other: bool = False  # neither `x_1` of the batch nor what the target maker was given
     inner: bool = False  # a layer of a module that may be given more
     gradients: Gradients | None = None

@@ -31,7 +31,7 @@ from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoder
 from stagewise.adapters.hooks import CallHook, eager
 from stagewise.adapters.lines import call_text, guessed_line, where
 from stagewise.adapters.network import Match, Network
-from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, own_of
+from stagewise.adapters.reasons import GIVEN, Candidates, Made, Reasons, own_of
 from stagewise.adapters.rows import equals
 from stagewise.batches import leaves_of
 from stagewise.masks import plain
@@ -89,7 +89,6 @@ class NetworkSearch:
         self._inside: nn.Module | None = None
         self._pending: Match | None = None
         self._calls: list[tuple[int, bool, bool]] = []
-        self._hooks: list[CallHook] = []
         self._detach: list[Detach] = []
         observed = any(maker.observable for maker in self.makers)
         self.encoders: list[EncoderCall] | None = [] if observed else None
@@ -98,20 +97,18 @@ class NetworkSearch:
         for name, module in () if self.compiled else eager(root):
             name = names.get(module, name)
             enter, leave = partial(self._enter, name), partial(self._leave, name)
-            self._hooks += [
-                CallHook(enter, module.register_forward_pre_hook, prepend=True),
-                CallHook(leave, module.register_forward_hook, always_call=True),
+            self._detach += [
+                CallHook(enter, module.register_forward_pre_hook, prepend=True).remove,
+                CallHook(leave, module.register_forward_hook, always_call=True).remove,
             ]
             if observed:
                 self._detach += watch_encoders(name, module, self._note_encoder)
 
     def stop(self) -> None:
         """Takes the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
         for detach in self._detach:
             detach()
-        self._hooks, self._detach, self.encoders = [], [], None
+        self._detach, self.encoders = [], None
 
     @property
     def first(self) -> Match | None:
@@ -146,12 +143,12 @@ class NetworkSearch:
                 f"{where(first.network.name)} is given x_t and time, but its answer goes on to "
                 f"{where(name)}, whose answer has the same shape. Say what the velocity is: {line}"
             )
-        if first.other and first.diagnosis is not None:
-            raise ValueError(f"Expected x_1 to be trained on: {first.diagnosis.message}")
+        if first.other and first.diagnosis:
+            raise ValueError(f"Expected x_1 to be trained on: {first.diagnosis}")
         return first.network
 
-    def diagnosis(self) -> Diagnosis | None:
-        """Why `x_1` of the batch is not what is trained on; None if it is, or not known."""
+    def diagnosis(self) -> str:
+        """Why `x_1` of the batch is not what is trained on; empty if it is, or not known."""
         return self.reasons.diagnosis if self.first is None else self.first.diagnosis
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:

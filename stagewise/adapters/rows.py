@@ -36,8 +36,10 @@ def is_label(x: Tensor) -> bool:
     return not x.is_floating_point() and x.ndim > 0 and x.numel() == len(x)
 
 
-def place_of(tensor: Tensor, batch: Any) -> str:
+def place_of(tensor: Tensor | None, batch: Any) -> str:
     """Where a tensor lies in a batch, such as "batch[0]"; empty if it is not there."""
+    if tensor is None:
+        return ""
     for place, leaf in leaves_of(batch):
         alike = leaf.shape == tensor.shape or leaf.numel() == tensor.numel() == len(tensor)
         if alike and torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):

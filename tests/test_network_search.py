@@ -262,10 +262,13 @@ def test_a_network_without_a_velocity_is_still_named():
         assert found.result().name == "net"
         assert found.line.endswith(f"module.net(xt, t, labels){text}")
         if not came:
-            assert tensor_of(found.call[2], tuple(found.x1.shape)) is found.call[2]["velocity"]
+            assert (
+                tensor_of(found.first.made[2], tuple(found.first.x1.shape))
+                is found.first.made[2]["velocity"]
+            )
             continue
         with pytest.raises(ValueError, match=f"got {came}.*{re.escape(found.line)}"):
-            tensor_of(found.call[2], tuple(found.x1.shape), found.line)
+            tensor_of(found.first.made[2], tuple(found.first.x1.shape), found.line)
 
 
 def test_two_networks_are_refused_with_the_first_to_paste():
@@ -291,8 +294,8 @@ def test_one_network_that_is_called_twice_is_one():
 
     found = search(model, step)
     assert found.result().name == "net"
-    first = model.net(*found.call[0])
-    assert torch.equal(found.call[2], first)
+    first = model.net(*found.first.made[0])
+    assert torch.equal(found.first.made[2], first)
 
 
 def test_an_answer_that_goes_on_to_another_network_is_not_taken():
@@ -518,7 +521,7 @@ def test_candidates_are_tried_in_order_and_asked_for_at_the_call():
     found = search(model, step, (x1, y), lambda: [*current, ("batch[0]", x1)])
     assert found.result().name == "net"
     assert found.first.matched == GIVEN
-    assert torch.equal(found.x1, x1.flip(0))
+    assert torch.equal(found.first.x1, x1.flip(0))
     assert found.diagnosis() == "", "another order: nothing tells"
 
 
@@ -734,7 +737,7 @@ def test_a_step_that_calls_nothing_is_looked_at_again():
     found.stop()
     x1, y = x1.flip(0), y.flip(0)  # another batch
     found = NetworkSearch(model, find_target_makers(model), lambda: [("batch[0]", x1)], y)
-    assert (found.first, found.x1, found.call) == (None, None, None)
+    assert found.first is None
     model.loss(model.net, x1, y)
     assert not found.empty
     assert found.result().conditional

@@ -12,7 +12,6 @@ B_t. No other prediction agrees with these signs, so the first backward pass say
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,17 +154,9 @@ class Gradients:
 
 def _readings(maker: TargetMaker) -> list[TargetMaker]:
     """The maker, and the same with other predictions or the other sign."""
-    found = [maker]
+    own, told = maker.prediction.kind, maker.convention
     kinds: tuple[PredictionKind, ...] = ("data", "noise", "v", "velocity")
-    for kind in kinds:
-        if kind != maker.prediction.kind:
-            found.append(_read(maker, Prediction(kind), 1))
-    sign = -maker.convention.sign if maker.prediction.kind == "velocity" else -1
-    return [*found, _read(maker, Prediction("velocity"), sign)]
-
-
-def _read(maker: TargetMaker, prediction: Prediction, sign: int) -> TargetMaker:
-    other = copy.copy(maker)
-    other.prediction = prediction
-    other.convention = replace(maker.convention, sign=sign)  # type: ignore[arg-type]
-    return other
+    plain = replace(told, sign=1)
+    others = [maker.like(Prediction(kind), plain) for kind in kinds if kind != own]
+    turned = replace(told, sign=-told.sign if own == "velocity" else -1)  # type: ignore[arg-type]
+    return [maker, *others, maker.like(Prediction("velocity"), turned)]

@@ -10,6 +10,7 @@ A maker can also be watched: `observe` reports what each target is made from, an
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -189,6 +190,12 @@ class TargetMaker:
         self.check(scheme, weighed=weighed)
         return self._attach(scheme)
 
+    def like(self, prediction: Prediction, convention: Convention) -> TargetMaker:
+        """The same with another prediction and convention."""
+        other = copy.copy(self)
+        other.prediction, other.convention = prediction, convention
+        return other
+
     def refuse(self) -> None:
         """Raises the `refusal`, if there is one."""
         if self.refusal:
@@ -299,19 +306,10 @@ def unwrapped(value: Any) -> Any:
 def rebind(
     owner: Any, attribute: str, function: Callable[..., Any], *, observes: bool = False
 ) -> Detach:
-    """Replaces a callable attribute on an instance, reversibly.
+    """Replaces a callable attribute on an instance until the returned function is called.
 
-    Args:
-        owner: The instance; its class is left alone.
-        attribute: Name of a method or of a callable it holds.
-        function: What is called instead.
-        observes: Whether it only observes. Default False: it steers, and only one may steer.
-
-    Returns:
-        A function that restores `vars(owner)`, once all wrappers of the attribute are released.
-
-    Raises:
-        ValueError: If the attribute is steered already, and this would steer it too.
+    `vars(owner)` are restored once all wrappers of the attribute are released. Many may observe,
+    but a second one that steers raises a ValueError.
     """
     original = inner = getattr(owner, attribute)
     while not observes and isinstance(inner, _Rebound):

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seen, TargetMaker
 from stagewise.adapters.network import Network
-from stagewise.adapters.rows import equals, labels_of_rows, place_of, version_of
+from stagewise.adapters.rows import equals, labels_in, labels_of_rows, place_of, version_of
 from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import ReadBatch, describe, leaves_of, read_checked
@@ -98,17 +98,13 @@ class BatchSamples:
     def take(self, seen: Seen) -> None:
         """Takes labels and masks from a call if there is no batch: given ones, or of its rows."""
         self.masks, self.labels = seen.masks, dict(seen.conditions).get("labels")
-        bank = None if self._finished or self.labels is not None else self._bank()
-        if bank is not None and bank.classes and tuple(seen.x1.shape[1:]) == bank.shape:
-            rows = bank.find(seen.x1, seen.masks)
-            if bool((rows >= 0).all()):
-                self.labels = torch.tensor(bank.labels_of(rows.tolist()), device=rows.device)
+        if not self._finished and self.labels is None:
+            self.labels = labels_in(self._bank(), seen.x1, seen.masks)
 
     def masks_of_batch(self) -> MaskedLabels | None:
         """The masks of the current batch, None if there are none."""
-        if self.masks is None or self.batch is None:
-            return self.masks
-        found = read_checked(self._find, self.batch)[1]
+        own = None if self.masks is None else self._own()
+        found = self.masks if own is None else own[1]
         return found if isinstance(found, MaskedLabels) else None
 
     def changed(self, x1: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
@@ -173,9 +172,8 @@ def retimed(call: Call, seen: tuple[TargetMaker, Seen] | None) -> list[TargetMak
             a = float(f"{float(slope[k]):.{2 if whole else 4}g}")
             b = float(y[:, k].mean()) - a * float(t.mean())
             b = 0.0 if abs(b) < (2 if whole else 1e-3 * abs(a)) else float(f"{b:.4g}")
-            other = copy.copy(maker)
-            other.convention = replace(maker.convention, noise_time=b, data_time=a + b)
-            found.append(other)
+            told = replace(maker.convention, noise_time=b, data_time=a + b)
+            found.append(maker.like(maker.prediction, told))
     return found
 
 

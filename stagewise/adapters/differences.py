@@ -58,16 +58,10 @@ def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], st
 def difference(
     look: FirstStep, x1: Tensor, read: LatentBank | None = None, *, encoded: bool = False
 ) -> tuple[str, bool]:
-    """How samples `x1` of the step differ from those that were read from the batches.
+    """How samples of the step, `x1` (B, *), differ from those that were read from the batches.
 
-    Args:
-        look: The first step.
-        x1: What it trains on, (B, *).
-        read: The bank that was read.
-        encoded: Whether it was read through the encoding of the step.
-
-    Returns:
-        A message with the cure, and whether the shape or the scale differs.
+    A message with the cure, and whether they certainly differ. `read` is the bank that was read;
+    `encoded`: through the encoding of the step.
     """
     if look.swapped:
         return look.tied, True

@@ -145,7 +145,7 @@ class FirstStep(BatchSamples):
         if self.batch is None:
             self.take(seen)
         if self._sums is not None and seen.x0 is not None and self._maker in (None, maker):
-            masks = self.masks if not self._finished else self.masks_of_batch()
+            masks = self.masks_of_batch()
             if masks is None or len(masks) == len(seen.x1):
                 self._sums.add(seen.x0, seen.x1, masks)
         if maker.late and maker not in self.called:
@@ -237,7 +237,6 @@ class FirstStep(BatchSamples):
         """After a later batch."""
         if self._later is not None:
             self._later.remove()
-        self._later = None
 
     @property
     def waiting(self) -> bool:
@@ -284,7 +283,7 @@ class FirstStep(BatchSamples):
         """x_1 of the first batch as it is trained on, (B, *), before smoothing; None if unknown."""
         if self.seen is not None:
             return self.seen[1].x1 if self._before_smoothing is None else self._before_smoothing
-        return self._changed_x1() if self.search.first is None else self.search.x1
+        return self._changed_x1() if self.search.first is None else self.search.first.x1
 
     def x1_of_batch(self) -> Tensor:
         """x_1 of the current batch as it is trained on, (B, *), after smoothing."""

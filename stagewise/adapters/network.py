@@ -188,15 +188,10 @@ class Match:
         return velocity_line(replace(self.reading, maker=network.reads), answer=answer)
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Any], Any], known: Any) -> str:
-        """How a function asks the network differently than training does.
+        """How a function of x_t, t and labels asks the network differently than training does.
 
-        Args:
-            ask: From x_t, t and labels to the velocity.
-            known: The labels of the batch, (B,), or None; with masks `MaskedLabels`.
-
-        Returns:
-            What differs, with the line that asks as in training; empty if nothing differs, or the
-            function does not call the network exactly once.
+        With the line that asks as in training; empty if nothing differs, or the function does not
+        call the network exactly once. `known` are the labels of the batch.
         """
         slots, calls = self.reading.slots, []
         leaves = slots.call.leaves

@@ -47,11 +47,9 @@ class NetworkSearch:
     Args:
         root: The module.
         makers: What may make its targets (`find_target_makers`, `assumed_makers`).
-        candidates: Returns names and tensors that may be `x_1`, best first: as given to the target
-            maker (`GIVEN`), as found in the batch, other floating-point tensors of the batch. The
-            names appear in messages.
+        candidates: What `x_1` may be.
         labels: The classes of the batch, (B,), or None; with masks `MaskedLabels`.
-        labels_name: Name of the labels in messages, default "batch[1]".
+        labels_name: Name of the labels in messages.
         batch: The batch. Parts of it that the network is given unchanged count as conditions.
         seen: Returns what a maker was given before the network is called, or None. The network may
             be given its times in other units, a t + b.
@@ -86,8 +84,7 @@ class NetworkSearch:
         self._matches: list[Match] = []
         self.reasons = Reasons(self.makers, plain(labels), labels_name)
         self._goes_on: tuple[str, str] | None = None
-        self._inside: nn.Module | None = None
-        self._pending: Match | None = None
+        self._inside: Match | None = None
         self._calls: list[tuple[int, bool, bool]] = []
         self._detach: list[Detach] = []
         observed = any(maker.observable for maker in self.makers)
@@ -114,16 +111,6 @@ class NetworkSearch:
     def first(self) -> Match | None:
         """The first call that fits, also if `result` refuses it."""
         return self._matches[0] if self._matches else None
-
-    @property
-    def x1(self) -> Tensor | None:
-        """The candidate that it fits, (B, *), detached."""
-        return None if self.first is None else self.first.x1
-
-    @property
-    def call(self) -> tuple[Any, Any, Any] | None:
-        """The arguments, keyword arguments and output of that call."""
-        return None if self.first is None else self.first.made
 
     def result(self) -> Network:
         """The network; raises a ValueError with the reason if there is not exactly one."""
@@ -195,9 +182,7 @@ class NetworkSearch:
             if not trains or self._inside is not None:
                 return
             self.empty = self.empty and module is self.root
-            self._pending = None if makes else self._consider(call, candidates)
-            if self._pending is not None:
-                self._inside = module
+            self._inside = None if makes else self._consider(call, candidates)
 
     @torch.no_grad()
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -208,11 +193,11 @@ class NetworkSearch:
             shape, so_far = tuple(output.shape), self.reasons.made
             inside = [made for made in so_far[start:] if made.shape != shape]
             so_far[start:] = [*inside, Made(name, weakref.ref(output), shape, alone)]
-        if module is self._inside:
-            match, self._inside, self._pending = self._pending, None, None
-            assert match is not None
+        match = self._inside
+        if match is not None and module is match.network.module:
+            self._inside = None
             self._take(match, args, kwargs, output)
-        elif self._matches and self._inside is None:
+        elif self._matches and match is None:
             self._follow(Call.of(name, module, args, kwargs), output)
 
     def _note_encoder(self, name: str, args: Any, kwargs: Any, output: Any) -> None:

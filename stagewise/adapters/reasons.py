@@ -23,7 +23,8 @@ GIVEN = "x_1 as it was given to what makes the targets"
 """The name of this candidate; the first one with another name is the `x_1` of the batch."""
 
 Candidates: TypeAlias = Callable[[], "Sequence[tuple[str, Tensor]]"]
-"""Returns what `x_1` may be at the time of a call, best first, with names such as "batch[0]"."""
+"""Returns what `x_1` may be at the time of a call, best first, with names for messages: as given
+to what makes the targets, as found in the batch, other floating-point tensors of the batch."""
 
 
 @dataclass
@@ -37,16 +38,7 @@ class Made:
 
 
 class Reasons:
-    """Collects, in one training step, why calls do not fit.
-
-    Args:
-        makers: What may make the targets.
-        labels: The classes of the batch, (B,), or None.
-        labels_name: Their name in messages.
-
-    Attributes:
-        made: What submodules returned so far.
-    """
+    """Collects, in one training step, why calls do not fit; `made`: what submodules returned."""
 
     def __init__(
         self, makers: Sequence[TargetMaker], labels: Tensor | None, labels_name: str

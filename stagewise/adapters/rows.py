@@ -15,6 +15,7 @@ __all__ = [
     "agreement",
     "equals",
     "is_label",
+    "labels_in",
     "labels_of_rows",
     "place_of",
     "version_of",
@@ -47,6 +48,16 @@ def place_of(tensor: Tensor | None, batch: Any) -> str:
     return ""
 
 
+def labels_in(bank: LatentBank | None, x1: Tensor, masks: object = None) -> Tensor | None:
+    """The classes of samples in a bank, (n,), int64; None if it has none, or not all samples."""
+    if bank is None or not bank.classes or tuple(x1.shape[1:]) != bank.shape:
+        return None
+    rows = bank.find(x1, masks)
+    if not bool((rows >= 0).all()):
+        return None
+    return torch.tensor(bank.labels_of(rows.tolist()), device=rows.device)
+
+
 def labels_of_rows(
     x1: Tensor, own: Tensor, labels: Tensor, bank: LatentBank | None
 ) -> Tensor | None:
@@ -63,10 +74,9 @@ def labels_of_rows(
         first = find_among(own, own)
         unsure = first[labels[first] != labels]  # equal rows of several classes
         return None if bool(torch.isin(rows, unsure).any()) else labels[rows]
-    if bank is not None and bank.classes and tuple(x1.shape[1:]) == bank.shape:
-        stored = bank.find(x1)
-        if bool((stored >= 0).all()):
-            return torch.tensor(bank.labels_of(stored.tolist())).to(labels)
+    stored = labels_in(bank, x1)
+    if stored is not None:
+        return stored.to(labels)
     if not bool(known.any()):
         return labels if len(x1) == len(own) else None
     at = int(known.nonzero()[0])

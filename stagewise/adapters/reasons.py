@@ -179,7 +179,7 @@ class Reasons:
         return (
             f"the values of x_1 are those of {_written(text)} in another order, the same in every "
             "sample. The posterior is the same, but the velocity of the model is not. "
-            + (f"Say so: {find}." if layout else f"Give them in that order: {self._bank}"),
+            + (f"Say so: {find}." if layout else f"Give them in that order: {self._bank}")
         )
 
     def _scaled(self, factor: float, about: str, text: str) -> str:

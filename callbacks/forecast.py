@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from stagewise.adapters.objective import Objective
+from stagewise.adapters.own import Objective
 from stagewise.bank import LatentBank
 from stagewise.callbacks.host import changes
 from stagewise.callbacks.model_monitor import ModelMonitor

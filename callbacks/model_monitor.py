@@ -86,7 +86,8 @@ class ModelMonitor(Monitor):
     def settle(self) -> None:
         """Takes the network; a collective."""
         look, host, name = self.run.look, self.run.host, type(self).__name__
-        x1 = look.x1 if look.search.x1 is None else look.search.x1
+        first = look.search.first
+        x1 = look.x1 if first is None else first.x1
         self.batch_size = 64 if x1 is None else len(x1)
         self.per_step = self.batch_size * host.world_size * host.accumulate
         if self._given is not None:
@@ -110,11 +111,11 @@ class ModelMonitor(Monitor):
                 f"noise scheduler.{ask}"
             )
         with self.run.host.together("finding its network"):
-            found, x1, call = look.search.result(), look.search.x1, look.search.call
+            found = look.search.result()
             self.network = look.network or found
-            assert x1 is not None
-            assert call is not None
-            tensor_of(call[2], tuple(x1.shape), look.search.line)  # refuses what is no velocity
+            assert first is not None
+            # Refuses what is no velocity.
+            tensor_of(first.made[2], tuple(first.x1.shape), look.search.line)
             if look.conditions and self.run.option(self, "class_wise") is not False:
                 replaced = ", ".join(text.split(":")[0] for text in look.conditions)
                 raise ValueError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stagewise.adapters import TargetMaker, find_target_makers, one_target_maker
-from stagewise.adapters.objective import Objective
+from stagewise.adapters.own import Objective
 from stagewise.losses import OracleRegularizer
 from stagewise.schemes import Phases, Scheme
 from stagewise.schemes.words import in_words

@@ -18,7 +18,7 @@ from torch.utils.hooks import unserializable_hook
 from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import Network
 from stagewise.adapters.network_search import NetworkSearch
-from stagewise.adapters.objective import nominal_shares
+from stagewise.adapters.own import nominal_shares
 from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.callbacks.writer import by_time
 from stagewise.masks import MaskedLabels, zeroed
@@ -78,11 +78,10 @@ class TrainingRecord:
 
     def take_first(self, search: NetworkSearch) -> None:
         """Takes the first call of the network, which was before the hook."""
-        x1, call = search.x1, search.call
-        assert x1 is not None
-        assert call is not None
-        self.expect(lambda: x1, lambda: search.labels)
-        self.look(self.network.module, *call)
+        first, labels = search.first, search.labels
+        assert first is not None
+        self.expect(lambda: first.x1, lambda: labels)
+        self.look(self.network.module, *first.made)
 
     def look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Records the training's call of the network; a forward hook."""

@@ -52,7 +52,8 @@ class FlowMatchingLoss(nn.Module):
     """The flow-matching loss for any model called as `model(xt, t, *args, **kwargs)`.
 
     It has no parameters and no buffers, and logs nothing. `last` holds the `LossRecord` of the last
-    call, which callbacks read.
+    call, which callbacks read; `observers`, which copies and pickles do not hold, are called with
+    x_1, x_0, t, x_t and the model's other arguments.
 
     Args:
         path: Default that of the convention, or else `LinearPath()`.
@@ -81,6 +82,8 @@ class FlowMatchingLoss(nn.Module):
         >>> loss.shape, loss_fn.last.loss.shape
         (torch.Size([]), torch.Size([16]))
     """
+
+    observers: tuple[Callable[..., None], ...] = ()  # pickles of earlier versions have none
 
     def __init__(
         self,
@@ -119,6 +122,10 @@ class FlowMatchingLoss(nn.Module):
         self.weight = weight
         self.scheme, self.cosine = scheme, cosine
         self.last: LossRecord | None = None
+        self.observers = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "observers": ()}
 
     def forward(
         self,
@@ -201,6 +208,8 @@ class FlowMatchingLoss(nn.Module):
             )
         path = self.path(t)
         xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
+        for observer in self.observers:
+            observer(x1, x0, t, xt, {"args": args, **kwargs})
         y = self.prediction.target(path, x0.float(), x1.float())
         wait, of = None, masked(classes, loss_mask, x1)
         if scheme is not None:  # on a side stream, while the model runs

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise import LatentBank, LinearPath, Mix, Oracle, Scheme, StageTarget
-from stagewise.adapters.columns import shifted
+from stagewise.adapters.conditions import shifted
 from stagewise.callbacks import (
     Forecast,
     MemorizationMonitor,

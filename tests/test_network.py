@@ -121,6 +121,24 @@ def test_arguments_are_found_wherever_they_are(how):
     assert network.conditional == (how not in ("swapped", "columns"))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_channels_beside_x_t_are_given_again(first):
+    model = Model()
+    model.net = nn.Conv2d(5, 3, 1)
+    model.net.forward = lambda x, t: (1 + t.reshape(-1, 1, 1, 1)) * nn.Conv2d.forward(model.net, x)
+    other = torch.randn(64, 2, 2, 2)
+
+    def call(xt, t, other):
+        return model.net(torch.cat([xt, other] if first else [other, xt], 1), t)
+
+    found = search(model, lambda x1, y: model.loss(lambda xt, t: call(xt, t, other), x1))
+    network = found.result()
+    assert network.conditions == ("x: 2 channels beside those of x_t",)
+    assert found.line.endswith(f"net(torch.cat([{'xt, x' if first else 'x, xt'}], 1), t)")
+    xt, t, _ = queries()
+    torch.testing.assert_close(network(xt, t), call(xt, t, other[:7]).detach())
+
+
 def test_torchcfm_and_a_step_of_ones_own():
     torchcfm = pytest.importorskip("torchcfm")
     model = Model()

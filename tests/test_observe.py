@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from stagewise import Convention, CosinePath, LatentBank, LogitNormal, Mix, Oracle, Scheme
+from stagewise import (
+    Convention,
+    CosinePath,
+    LatentBank,
+    LinearPath,
+    LogitNormal,
+    Mix,
+    Oracle,
+    Scheme,
+)
 from stagewise.adapters import (
     Seen,
     assumed_makers,
@@ -18,6 +27,8 @@ from stagewise.adapters import (
     one_target_maker,
 )
 from stagewise.adapters.base import unwrapped
+from stagewise.adapters.first_step import FirstStep
+from stagewise.batches import find_sample
 from stagewise.losses import FlowMatchingLoss
 from stagewise.noise import NoiseSums, check_independent, dependence
 
@@ -427,6 +438,18 @@ def test_what_is_traced_is_left_alone(name):
 
     assert traced(Plain(), X1).isfinite()
     assert told == []
+
+
+def test_a_number_among_the_conditions_is_no_label():
+    holder = holder_of(Transport())
+    look = FirstStep(holder, find_target_makers(holder), LinearPath(), find_sample)
+    look.begin((X1, LABELS))
+    look.watch()
+    given = {"y": LABELS, "level": torch.tensor(3)}
+    holder.thing.training_losses(Net(), X1, given)["loss"].mean().backward()
+    look.finish()
+    look.stop()
+    assert look.conditions == ("level: int64 tensor ()",)
 
 
 def test_where_nothing_can_be_seen():

@@ -8,7 +8,7 @@ from torch import nn
 
 from stagewise import CosinePath, LatentBank, LinearPath, LogitNormal, Oracle, Scheme
 from stagewise.adapters import find_target_makers
-from stagewise.adapters.objective import nominal_shares
+from stagewise.adapters.own import nominal_shares
 from stagewise.binned_sums import BinnedSums
 from stagewise.losses import FlowMatchingLoss
 from stagewise.velocity_probe import ALARM, PROBED, Probe, probe_entry, spent, window_entry

@@ -12,9 +12,7 @@ B_t. No other prediction agrees with these signs, so the first backward pass say
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +20,10 @@ from torch import Tensor
 
 from stagewise.adapters.base import TargetMaker
 from stagewise.adapters.fitting import Noisy
+from stagewise.batches import leaves_of
 from stagewise.paths import Prediction, PredictionKind, expand_like
 
-__all__ = ["Gradients", "Verdict", "answer_text", "tensor_of", "tensors_of"]
+__all__ = ["Gradients", "Verdict", "answer_text", "tensor_of"]
 
 _SURE = 0.99
 """Share of the signs that must agree; rounding may turn a few."""
@@ -42,28 +41,9 @@ _ROUNDING = 8
 """Differences below so many units of the coarsest precision may have any sign."""
 
 
-def tensors_of(value: Any, text: str = "", depth: int = 3) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in what a network returns, each with what to write after the call to get it."""
-    if isinstance(value, Tensor):
-        yield text, value
-    elif depth == 0:
-        return
-    elif isinstance(value, (list, tuple)):
-        for k, held in enumerate(value):
-            yield from tensors_of(held, f"{text}[{k}]", depth - 1)
-    elif is_dataclass(value) and not isinstance(value, type):  # also the records of diffusers
-        for field in fields(value):
-            yield from tensors_of(getattr(value, field.name), f"{text}.{field.name}", depth - 1)
-    elif isinstance(value, Mapping):
-        for key, held in value.items():
-            yield from tensors_of(held, f"{text}[{key!r}]", depth - 1)
-    else:
-        for name, held in getattr(value, "__dict__", {}).items():
-            yield from tensors_of(held, f"{text}.{name}", 0)
-
-
 def _alike(output: Any, shape: tuple[int, ...]) -> list[tuple[str, Tensor]]:
-    return [pair for pair in tensors_of(output) if tuple(pair[1].shape) == shape]
+    """The tensors of a shape in what a network returns, and what to write after it to get them."""
+    return [pair for pair in leaves_of(output, "") if tuple(pair[1].shape) == shape]
 
 
 def tensor_of(output: Any, shape: tuple[int, ...], line: str = "", at: int = 0) -> Tensor:
@@ -87,7 +67,7 @@ def answer_text(output: Any, shape: tuple[int, ...], at: int = 0) -> str:
     found = _alike(output, shape)
     if found:
         return found[min(at, len(found) - 1)][0]
-    for text, tensor in tensors_of(output):
+    for text, tensor in leaves_of(output, ""):
         likely = tensor.ndim == len(shape) and tensor.shape[1] > shape[1]
         if likely and tensor.shape[2:] == shape[2:]:
             return f"{text}[:, :{shape[1]}]"
@@ -174,17 +154,9 @@ class Gradients:
 
 def _readings(maker: TargetMaker) -> list[TargetMaker]:
     """The maker, and the same with other predictions or the other sign."""
-    found = [maker]
+    own, told = maker.prediction.kind, maker.convention
     kinds: tuple[PredictionKind, ...] = ("data", "noise", "v", "velocity")
-    for kind in kinds:
-        if kind != maker.prediction.kind:
-            found.append(_read(maker, Prediction(kind), 1))
-    sign = -maker.convention.sign if maker.prediction.kind == "velocity" else -1
-    return [*found, _read(maker, Prediction("velocity"), sign)]
-
-
-def _read(maker: TargetMaker, prediction: Prediction, sign: int) -> TargetMaker:
-    other = copy.copy(maker)
-    other.prediction = prediction
-    other.convention = replace(maker.convention, sign=sign)  # type: ignore[arg-type]
-    return other
+    plain = replace(told, sign=1)
+    others = [maker.like(Prediction(kind), plain) for kind in kinds if kind != own]
+    turned = replace(told, sign=-told.sign if own == "velocity" else -1)  # type: ignore[arg-type]
+    return [maker, *others, maker.like(Prediction("velocity"), turned)]

@@ -10,22 +10,26 @@ A maker can also be watched: `observe` reports what each target is made from, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stagewise.adapters.hooks import in_place_of
+from stagewise.batches import leaves_of
 from stagewise.conventions import STAGEWISE, Convention
 from stagewise.masks import MaskedLabels
 from stagewise.paths import Path, Prediction, same_path
+from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.conditions import check_conditions
 
 __all__ = [
     *("Detach", "Place", "Seen", "TargetMaker", "Tell"),
-    *("rebind", "chained", "unwrapped", "watched"),
+    *("class_labels", "rebind", "chained", "unwrapped", "watched"),
 ]
 
 Detach = Callable[[], None]
@@ -67,8 +71,8 @@ class Seen:
         self.conditions = tuple((name, value.detach()) for name, value in self.conditions)
 
 
-Tell = Callable[[Seen], None]
-"""Called for every target that is made with gradients enabled."""
+Tell = Callable[..., None]
+"""Called for every target with the fields of a `Seen`; conditions by name, with what holds them."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,14 @@ class Place:
     name: str  # such as "module.FM"
     owner: Any = None  # what holds it as an attribute; None at the root and inside containers
     attribute: str = ""  # of `owner`
+
+    @property
+    def call(self) -> tuple[Any, str]:
+        """What holds the callable that a call of the object runs, None if unknown, and its name."""
+        # Python looks `__call__` up on the class; a module's `forward` can be set on the instance.
+        if isinstance(self.object, nn.Module):
+            return self.object, "forward"
+        return self.owner, self.attribute
 
 
 class TargetMaker:
@@ -102,6 +114,7 @@ class TargetMaker:
         weights: Whether it can weigh each sample's loss.
         timesteps: Whether it can draw t.
         losses: Whether it sees each sample's loss.
+        by_call: Whether calling the object makes the target, so that it must be an attribute.
         late: Whether another scheme can be attached while it reports a target.
         observable: Whether `observe` can report anything.
         coupled: Whether it, or an object beside it, pairs noise with data.
@@ -115,6 +128,7 @@ class TargetMaker:
     weights: bool = False
     timesteps: bool = False
     losses: bool = False
+    by_call: bool = False
     late: bool = False
     observable: bool = True
 
@@ -128,8 +142,10 @@ class TargetMaker:
     ) -> None:
         self.place, self.path = place, path
         self.prediction, self.convention = prediction or convention.prediction, convention
-        self.refusal = refusal
-        self.coupled = False
+        self.refusal, self.coupled = refusal, False
+        if self.by_call and place.call[0] is None:
+            self.observable = False
+            self.refusal = refusal or "keep it as an attribute, self.loss_fn."
         self._last: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -174,6 +190,12 @@ class TargetMaker:
         self.check(scheme, weighed=weighed)
         return self._attach(scheme)
 
+    def like(self, prediction: Prediction, convention: Convention) -> TargetMaker:
+        """The same with another prediction and convention."""
+        other = copy.copy(self)
+        other.prediction, other.convention = prediction, convention
+        return other
+
     def refuse(self) -> None:
         """Raises the `refusal`, if there is one."""
         if self.refusal:
@@ -212,11 +234,12 @@ class TargetMaker:
                 "times, or give the scheme no timesteps."
             )
 
-    def observe(self, tell: Tell) -> Detach:
+    def observe(self, tell: Callable[[Seen], None]) -> Detach:
         """Reports what every target is made from, and changes nothing.
 
-        Only calls with gradients enabled count, and none that `torch.compile` traces. A maker can
-        be observed several times, steered, and released in any order.
+        Only calls with gradients enabled count, or those of a `StageTarget` that trains, and none
+        that `torch.compile` traces. A maker can be observed several times, steered, and released in
+        any order.
 
         Args:
             tell: Called with a `Seen`; an error that it raises stops the training.
@@ -224,7 +247,21 @@ class TargetMaker:
         Returns:
             A function that ends it. If `observable` is False nothing is ever reported.
         """
-        return self._observe(tell) if self.observable else chained()
+
+        def report(
+            x1: Tensor,
+            x0: Tensor | None = None,
+            t: Tensor | None = None,
+            xt: Tensor | None = None,
+            given: Mapping[str, Any] | None = None,
+            *more: Any,
+        ) -> None:
+            if self.late or watched():
+                held = (given or {}).items()
+                leaves = tuple(pair for name, value in held for pair in leaves_of(value, name))
+                tell(Seen(x1, x0, t, xt, leaves, *more))
+
+        return self._observe(report) if self.observable else chained()
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         raise NotImplementedError
@@ -256,7 +293,7 @@ class _Rebound:
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return in_place_of(self.__wrapped__)
+        return operator.getitem, ((self.__wrapped__,), 0)
 
 
 def unwrapped(value: Any) -> Any:
@@ -269,19 +306,10 @@ def unwrapped(value: Any) -> Any:
 def rebind(
     owner: Any, attribute: str, function: Callable[..., Any], *, observes: bool = False
 ) -> Detach:
-    """Replaces a callable attribute on an instance, reversibly.
+    """Replaces a callable attribute on an instance until the returned function is called.
 
-    Args:
-        owner: The instance; its class is left alone.
-        attribute: Name of a method or of a callable it holds.
-        function: What is called instead.
-        observes: Whether it only observes. Default False: it steers, and only one may steer.
-
-    Returns:
-        A function that restores `vars(owner)`, once all wrappers of the attribute are released.
-
-    Raises:
-        ValueError: If the attribute is steered already, and this would steer it too.
+    `vars(owner)` are restored once all wrappers of the attribute are released. Many may observe,
+    but a second one that steers raises a ValueError.
     """
     original = inner = getattr(owner, attribute)
     while not observes and isinstance(inner, _Rebound):
@@ -317,6 +345,19 @@ def chained(*detach: Detach) -> Detach:
             each()
 
     return restore
+
+
+def class_labels(
+    scheme: Scheme | Phases, model_kwargs: Mapping[str, Any] | None, x1: Tensor
+) -> Labels | None:
+    """The classes "y" among a model's arguments; refuses others that the targets ignore."""
+    others = dict(model_kwargs or {})
+    y = others.pop("y", None)
+    found = [
+        check_conditions(part, [y], [others], len(x1), part.with_masks(None, None, x1))
+        for part in parts(scheme)
+    ]
+    return next((labels for labels in found if labels is not None), None)
 
 
 def watched() -> bool:

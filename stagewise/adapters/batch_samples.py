@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seen, TargetMaker
 from stagewise.adapters.network import Network
-from stagewise.adapters.rows import equals, labels_of_rows, place_of, version_of
+from stagewise.adapters.rows import equals, labels_in, labels_of_rows, place_of, version_of
 from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import ReadBatch, describe, leaves_of, read_checked
@@ -19,7 +19,7 @@ from stagewise.condition import Condition
 from stagewise.masks import MaskedLabels, fitted, plain
 from stagewise.schemes import Scheme
 
-__all__ = ["BatchSamples", "no_bank"]
+__all__ = ["BatchSamples"]
 
 
 class BatchSamples:
@@ -47,7 +47,7 @@ class BatchSamples:
         self._finished = False  # the first batch is over
         self._follows = False  # later samples are read where the targets are made
         self._condition_at = ""  # where conditions lie in a batch
-        self._found_nothing(no_bank)
+        self._found_nothing(lambda: None)
 
     def _found_nothing(self, bank: Callable[[], LatentBank | None]) -> None:
         self.x1: Tensor | None = None
@@ -72,8 +72,8 @@ class BatchSamples:
         x1, found = read_checked(self._find, self.batch)
         self.masks, labels = found if isinstance(found, MaskedLabels) else None, plain(found)
         self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
-        self.x1_at = self.place(self.x1)
-        self.labels_at = self.place(self.labels) or "None"
+        self.x1_at = place_of(self.x1, self.batch)
+        self.labels_at = place_of(self.labels, self.batch) or "None"
 
     def _changed_in_place(self) -> set[str]:
         """Where the first step has changed the batch."""
@@ -98,32 +98,23 @@ class BatchSamples:
     def take(self, seen: Seen) -> None:
         """Takes labels and masks from a call if there is no batch: given ones, or of its rows."""
         self.masks, self.labels = seen.masks, dict(seen.conditions).get("labels")
-        bank = None if self._finished or self.labels is not None else self._bank()
-        if bank is not None and bank.classes and tuple(seen.x1.shape[1:]) == bank.shape:
-            rows = bank.find(seen.x1, seen.masks)
-            if bool((rows >= 0).all()):
-                self.labels = torch.tensor(bank.labels_of(rows.tolist()), device=rows.device)
+        if not self._finished and self.labels is None:
+            self.labels = labels_in(self._bank(), seen.x1, seen.masks)
 
     def masks_of_batch(self) -> MaskedLabels | None:
         """The masks of the current batch, None if there are none."""
-        if self.masks is None or self.batch is None:
-            return self.masks
-        found = read_checked(self._find, self.batch)[1]
+        own = None if self.masks is None else self._own()
+        found = self.masks if own is None else own[1]
         return found if isinstance(found, MaskedLabels) else None
-
-    def as_rows(self, x1: Tensor, bank: LatentBank) -> Tensor:
-        """Samples of the first batch at the length of the bank's rows, if they have masks."""
-        alike = self.masks is not None and self.masks.shape == tuple(x1.shape[1:])
-        if not alike or len(self.masks) != len(x1):  # type: ignore[arg-type]
-            return x1
-        return fitted(x1, self.masks, bank.shape)[0]
 
     def changed(self, x1: Tensor) -> bool:
         """Whether some sample is neither in the first batch nor in the bank."""
-        own, bank = self.x1, self._bank()
+        own, bank, masks = self.x1, self._bank(), self.masks
         if own is not None and bool((find_among(own, x1) >= 0).all()):
             return False
-        x1 = x1 if bank is None else self.as_rows(x1, bank)
+        known = masks is not None and (len(masks), *masks.shape) == tuple(x1.shape)
+        if bank is not None and known:
+            x1 = fitted(x1, masks, bank.shape)[0]
         if bank is None or tuple(x1.shape[1:]) != bank.shape:
             return True
         return not bool((bank.find(x1) >= 0).all())
@@ -171,7 +162,7 @@ class BatchSamples:
         if condition.read_batch is None and self._condition_at:  # to compare values would sync
             return dict(leaves_of(self.batch))[self._condition_at]
         c = condition.of(self.batch, x1, labels)
-        self._condition_at = self.place(c)
+        self._condition_at = place_of(c, self.batch)
         return c
 
     def _other_condition(self, schemes: Iterable[Scheme], network: Network) -> str:
@@ -194,11 +185,3 @@ class BatchSamples:
             return None
         own = (self.x1, self.masks or self.labels)
         return read_checked(self._find, self.batch) if self._finished else own
-
-    def place(self, tensor: Tensor | None) -> str:
-        """Where a tensor lies in the current batch, such as "batch[0]"; empty if it is not."""
-        return "" if tensor is None else place_of(tensor, self.batch)
-
-
-def no_bank() -> None:
-    """The bank of a run that has none."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stagewise.adapters.first_step import FirstStep
 from stagewise.adapters.fitting import flip_of
+from stagewise.adapters.rows import place_of
 from stagewise.bank import LatentBank
 from stagewise.masks import fitted
 from stagewise.schemes.refusals import check_rows, distance_from_rows
@@ -39,9 +40,9 @@ def several(look: FirstStep, asks: str) -> str:
 def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], str]:
     """How bank and noise differ from those of training: warnings, and a log line or ""."""
     warnings, note, x1 = [look.tied] if look.tied else [], "", look.trained_x1
-    diagnosis = look.search.diagnosis() if look.seen is None else None
-    if diagnosis is not None:
-        warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
+    diagnosis = look.search.diagnosis() if look.seen is None else ""
+    if diagnosis:
+        warnings.append(f"What is measured is not what is trained on: {diagnosis}")
     elif x1 is None and look.x1 is not None:
         note = (
             "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a call "
@@ -57,23 +58,17 @@ def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], st
 def difference(
     look: FirstStep, x1: Tensor, read: LatentBank | None = None, *, encoded: bool = False
 ) -> tuple[str, bool]:
-    """How samples `x1` of the step differ from those that were read from the batches.
+    """How samples of the step, `x1` (B, *), differ from those that were read from the batches.
 
-    Args:
-        look: The first step.
-        x1: What it trains on, (B, *).
-        read: The bank that was read.
-        encoded: Whether it was read through the encoding of the step.
-
-    Returns:
-        A message with the cure, and whether the shape or the scale differs.
+    A message with the cure, and whether they certainly differ. `read` is the bank that was read;
+    `encoded`: through the encoding of the step.
     """
     if look.swapped:
         return look.tied, True
     if look.x1 is None:
         return _SHOW, True
     maker = "" if look.seen is None else f", and {look.seen[0].name} is given other samples"
-    place, other = look.x1_at or "batch[0]", look.place(x1)
+    place, other = look.x1_at or "batch[0]", place_of(x1, look.batch)
     if other and other != look.x1_at:
         find = f"read_batch=lambda batch: ({other}, {look.labels_at})"
         return (
@@ -98,15 +93,15 @@ def difference(
         maker = f" (the step changes {place} in place)"
     alike = x1.shape[1:] == look.x1.shape[1:]
     flip = flip_of(x1, look.x1) if alike else ""
-    if why is None and flip:
+    if not why and flip:
         cure = (
             f"all samples of the first step are flipped alike. If they always are, say so: "
             f"read_batch=lambda batch: ({place}{flip}, {look.labels_at}); if at random, flip in "
             "the data set, or put both into a bank: StageRun(bank=LatentBank(latents, labels))"
         )
-    elif why is None and alike:
+    elif not why and alike:
         cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
-    certain = why is not None or not alike
+    certain = bool(why) or not alike
     if read is not None and not certain:
         try:  # augmented samples are at the scale of the bank, encoded ones are not
             check_rows(read, x1)
@@ -118,8 +113,7 @@ def difference(
             certain, far = True, f"no sample is near a row, the nearest is off by {off:.0%}; "
             cure = far + cure.replace("expect little of the data end", "do that in the data set")
     return (
-        f"Training is not on what was read from the batches{maker}: "
-        f"{cure if why is None else why.message}",
+        f"Training is not on what was read from the batches{maker}: {why or cure}",
         certain,
     )
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
-from stagewise.batches import leaves_of
+from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, rebind
 from stagewise.conventions import CONVENTIONS
 from stagewise.paths import LinearPath, expand_like
 from stagewise.queries import Labels
@@ -32,7 +31,7 @@ class EDMLoss(TargetMaker):
     """An EDM or EDM2 loss; see the module docstring."""
 
     library, what = "EDM", "EDM loss"
-    weights = losses = True
+    weights = losses = by_call = True
 
     @classmethod
     def of(cls, place: Place) -> EDMLoss | None:
@@ -45,22 +44,11 @@ class EDMLoss(TargetMaker):
         call = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
         if list(inspect.signature(call).parameters)[:2] != ["net", "images"]:
             return None
-        reachable = isinstance(loss_fn, nn.Module) or place.owner is not None
-        refusal = None if reachable else "keep it as an attribute, self.loss_fn = EDM2Loss()."
-        maker = cls(place, LinearPath(), convention=CONVENTIONS["edm"], refusal=refusal)
-        maker.observable = reachable
-        return maker
-
-    def _entry(self) -> tuple[Any, str]:
-        """What holds the callable that makes the loss, and under which name."""
-        # Python looks `__call__` up on the class; a module's `forward` can be set on the instance.
-        if isinstance(self.place.object, nn.Module):
-            return self.place.object, "forward"
-        return self.place.owner, self.place.attribute
+        return cls(place, LinearPath(), convention=CONVENTIONS["edm"])
 
     def _observe(self, tell: Tell) -> Detach:
         """Reports the images as they are trained on, after augmentation, and the labels."""
-        plain = getattr(*self._entry())
+        plain = getattr(*self.place.call)
 
         def loss(
             net: Any,
@@ -70,12 +58,7 @@ class EDMLoss(TargetMaker):
             **kwargs: Any,
         ) -> Tensor:
             def look(x1: Tensor, augment_labels: Any = None) -> None:
-                if watched():
-                    given = (
-                        *leaves_of(labels, "labels"),
-                        *leaves_of(augment_labels, "augment_labels"),
-                    )
-                    tell(Seen(x1, conditions=given))
+                tell(x1, given={"labels": labels, "augment_labels": augment_labels})
 
             if augment_pipe is None:
                 look(images)
@@ -88,10 +71,10 @@ class EDMLoss(TargetMaker):
 
             return plain(net, images, labels, augmented, **kwargs)
 
-        return rebind(*self._entry(), loss, observes=True)
+        return rebind(*self.place.call, loss, observes=True)
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
-        plain = getattr(*self._entry())
+        plain = getattr(*self.place.call)
 
         def loss(
             net: Any, images: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any
@@ -126,7 +109,7 @@ class EDMLoss(TargetMaker):
             self._last = (t, losses.detach().flatten(1).mean(1))
             return losses * expand_like(weight.to(losses), losses)
 
-        return rebind(*self._entry(), loss)
+        return rebind(*self.place.call, loss)
 
 
 def _classes(labels: Tensor | None) -> Labels | None:

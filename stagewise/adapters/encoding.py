@@ -37,7 +37,7 @@ STALE = (
 class Encoding:
     """From `x_1` of a batch, (B, *), and the module, to what is trained on, (B, *)."""
 
-    # Names and numbers only. Besides those of `scaling`: `call`, `get`, `sample`, `chunk`, `draw`.
+    # Names and numbers only. Besides those of `scaling`: `call`, `get`, `draw`.
     steps: tuple[Step, ...]
 
     def __call__(self, x: Tensor, module: nn.Module) -> Tensor:
@@ -54,10 +54,6 @@ class Encoding:
                     value = function(value, **dict(what[1]))
             elif kind == "get":
                 value = value[what[0]] if isinstance(what[0], int) else getattr(value, what[0])
-            elif kind == "sample":
-                value = value.sample()
-            elif kind == "chunk":
-                value = value.chunk(2, 1)
             elif kind == "draw":
                 value = value[0] + (value[1] / 2).exp() * torch.randn_like(value[0])
             else:
@@ -94,8 +90,6 @@ class Encoding:
             elif kind == "draw":
                 draw = "mean + (v / 2).exp() * torch.randn_like(mean)"
                 text = f"(lambda mean, v, *_: {draw})(*{text})"
-            elif kind in ("sample", "chunk"):
-                text = f"{inner}.{kind}({'2, 1' if kind == 'chunk' else ''})"
             else:
                 text = f"{text if kind in ('+', '-') else inner}{text_of(kind, *what)}"
         return f"encode=lambda x, module: {text}"

@@ -11,9 +11,8 @@ from stagewise.adapters.base import Place, TargetMaker, unwrapped
 from stagewise.adapters.diffusers import NoiseScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
-from stagewise.adapters.objective import Objective
+from stagewise.adapters.own import Objective, StageTargetMaker
 from stagewise.adapters.repa import REPALoss
-from stagewise.adapters.stage_target import StageTargetMaker
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
 from stagewise.conventions import CONVENTIONS, DIFFUSERS, STAGEWISE, Convention, path_of
@@ -96,17 +95,9 @@ def dependent_noise(makers: Sequence[TargetMaker], couplings: Sequence[Place]) -
 
 
 def training_path(makers: Sequence[TargetMaker], *, said: bool = False) -> tuple[Path, str]:
-    """The path that targets are made on, `LinearPath()` if nothing makes them.
+    """The path that targets are made on, and where it is from; `LinearPath(), ""` without makers.
 
-    Args:
-        makers: What `find_target_makers` found, or those of it that the user chose.
-        said: Whether the user gave the path, so that there may be several.
-
-    Returns:
-        The path, and where it is from, which is empty if nothing makes targets.
-
-    Raises:
-        ValueError: If there are several paths and the user gave none.
+    Several paths are refused unless the user `said` which.
     """
     able = [maker for maker in makers if not maker.refusal] or makers
     if not able:
@@ -156,10 +147,7 @@ def one_target_maker(module: object, at: str | None = None) -> TargetMaker:
             f"{', '.join(others)} or {last} as an attribute; {BY_HAND}"
         )
         for place in couplings[:1]:
-            problem += (
-                f" But not with {place.name} ({_kind(place.object)}), which pairs noise with data: "
-                "the oracle holds for independent pairs only."
-            )
+            problem += f" But {_pairs(place)}"
     raise ValueError(problem)
 
 
@@ -230,14 +218,12 @@ def _refuse_coupled(maker: TargetMaker, couplings: list[Place]) -> None:
 
 
 def _pairs(place: Place) -> str:
+    whole = place.object
+    kind = type(whole.__self__ if isinstance(whole, types.MethodType) else whole).__name__
     return (
-        f"{place.name} ({_kind(place.object)}) pairs noise with data, which makes x_0 and x_1 "
+        f"{place.name} ({kind}) pairs noise with data, which makes x_0 and x_1 "
         "dependent. The closed form of the oracle holds for independent pairs only."
     )
-
-
-def _kind(value: object) -> str:
-    return type(value.__self__ if isinstance(value, types.MethodType) else value).__name__
 
 
 class _Assumed(TargetMaker):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stagewise.adapters.base import Seen, TargetMaker, watched
-from stagewise.adapters.batch_samples import BatchSamples, no_bank
+from stagewise.adapters.batch_samples import BatchSamples
 from stagewise.adapters.encoding import Encoding, origin_of
 from stagewise.adapters.find import assumed_makers
 from stagewise.adapters.fitting import factor_of
@@ -97,7 +98,7 @@ class FirstStep(BatchSamples):
         self._later: CallHook | None = None
         self._on_seen: Callable[[Tensor], None] | None = None
         self._reset()
-        self._detach = [maker.observe(self._teller(maker)) for maker in able]
+        self._detach = [maker.observe(partial(self._tell, maker)) for maker in able]
 
     def _reset(self) -> None:
         self.tied, self.seen = "", None
@@ -115,7 +116,7 @@ class FirstStep(BatchSamples):
     def watch(
         self,
         on_seen: Callable[[Tensor], None] | None = None,
-        bank: Callable[[], LatentBank | None] | None = None,
+        bank: Callable[[], LatentBank | None] = lambda: None,
     ) -> None:
         """Finds x_1 in the first batch before it is trained on, and begins to watch.
 
@@ -126,7 +127,7 @@ class FirstStep(BatchSamples):
         self._reset()
         self._on_seen, self._sums = on_seen, NoiseSums()
         try:
-            self._find_first(bank or no_bank)
+            self._find_first(bank)
         finally:
             self.search = NetworkSearch(
                 self._module,
@@ -138,45 +139,41 @@ class FirstStep(BatchSamples):
                 seen=lambda: self.seen,
             )
 
-    def _teller(self, maker: TargetMaker) -> Callable[[Seen], None]:
-        def tell(seen: Seen) -> None:
-            if not self._trains():
-                return
-            if self.batch is None:
-                self.take(seen)
-            if self._sums is not None and seen.x0 is not None and self._maker in (None, maker):
-                masks = self.masks if not self._finished else self.masks_of_batch()
-                if masks is None or len(masks) == len(seen.x1):
-                    self._sums.add(seen.x0, seen.x1, masks)
-            if maker.late and maker not in self.called:
-                self.called.append(maker)
-            # The first call stands for the batch: others are for its other parts.
-            if self.seen is not None or (self._finished and not self._follows):
-                return
-            # A scheme may write the target into it.
-            drawn = self._drawn()
-            smoothed = drawn is not None and drawn.x1.data_ptr() == seen.x1.data_ptr()
-            x1 = seen.x1.clone()
-            self.seen = maker, replace(seen, x1=x1)
-            self._before_smoothing = drawn.before.clone() if drawn and smoothed else None
-            if self._finished:
-                return
-            if seen.x0 is not None and self.x1 is not None and self.changed(seen.x1):
-                noise_last = not is_noise(seen.x0) and is_noise(seen.x1)
-                self.swapped = noise_last or factor_of(seen.x0, self.x1) is not None
-            else:
-                self.swapped = False
-            self._maker, self.tied = maker, self._wrong_noise(maker)
-            x1 = x1 if self._before_smoothing is None else self._before_smoothing
-            self.trace(x1)
-            labels = self.labels_for(x1) if self.batch is not None else self.masks or self.labels
-            if labels is not None:
-                self.search.labels = labels
-            self.trains_encoder = _from_weights(seen.graph) and self.changed(x1)
-            if self._on_seen is not None:
-                self._on_seen(x1)
-
-        return tell
+    def _tell(self, maker: TargetMaker, seen: Seen) -> None:
+        if not self._trains():
+            return
+        if self.batch is None:
+            self.take(seen)
+        if self._sums is not None and seen.x0 is not None and self._maker in (None, maker):
+            masks = self.masks_of_batch()
+            if masks is None or len(masks) == len(seen.x1):
+                self._sums.add(seen.x0, seen.x1, masks)
+        if maker.late and maker not in self.called:
+            self.called.append(maker)
+        # The first call stands for the batch: others are for its other parts.
+        if self.seen is not None or (self._finished and not self._follows):
+            return
+        # A scheme may write the target into it.
+        drawn = self._drawn()
+        smoothed = drawn is not None and drawn.x1.data_ptr() == seen.x1.data_ptr()
+        x1 = seen.x1.clone()
+        self.seen = maker, replace(seen, x1=x1)
+        self._before_smoothing = drawn.before.clone() if drawn and smoothed else None
+        if self._finished:
+            return
+        self.swapped = False
+        if seen.x0 is not None and self.x1 is not None and self.changed(seen.x1):
+            noise_last = not is_noise(seen.x0) and is_noise(seen.x1)
+            self.swapped = noise_last or factor_of(seen.x0, self.x1) is not None
+        self._maker, self.tied = maker, self._wrong_noise(maker)
+        x1 = x1 if self._before_smoothing is None else self._before_smoothing
+        self.trace(x1)
+        labels = self.labels_for(x1) if self.batch is not None else self.masks or self.labels
+        if labels is not None:
+            self.search.labels = labels
+        self.trains_encoder = _from_weights(seen.graph) and self.changed(x1)
+        if self._on_seen is not None:
+            self._on_seen(x1)
 
     def trace(self, x1: Tensor) -> None:
         """Finds how the first step made `x1` from x_1 of the batch, if they differ."""
@@ -197,8 +194,6 @@ class FirstStep(BatchSamples):
         self.network = None if first is None or first.inner else first.network
         if self.network is not None:
             self.conditions = self.network.conditions
-        elif self.search.beside:
-            self.conditions = (self.search.beside,)
         elif self.seen is not None:
             given = self.seen[1].conditions
             self.conditions = tuple(
@@ -242,7 +237,6 @@ class FirstStep(BatchSamples):
         """After a later batch."""
         if self._later is not None:
             self._later.remove()
-        self._later = None
 
     @property
     def waiting(self) -> bool:
@@ -259,7 +253,7 @@ class FirstStep(BatchSamples):
         """Takes all hooks off, and drops the bank."""
         self._stop_search()
         self.stop_looking()
-        self._follows, self._sums, self._bank = False, None, no_bank
+        self._follows, self._sums, self._bank = False, None, lambda: None
         self._stop_following()
 
     def _stop_search(self) -> None:
@@ -277,20 +271,19 @@ class FirstStep(BatchSamples):
     def _candidates(self) -> list[tuple[str, Tensor]]:
         """Name and tensor of everything that may be x_1, the likeliest first."""
         given = self._changed_x1() if self.seen is None else self.seen[1].x1
-        found = [] if given is None else [(GIVEN, given)]
-        if self.x1 is not None:
-            found.append((self.x1_at or "batch[0]", self.x1))
-        for name, leaf in leaves_of(self.batch):
-            if leaf.is_floating_point() and leaf.ndim > 1 and name != self.x1_at:
-                found.append((name, leaf))
-        return found
+        own = self.x1_at or "batch[0]"
+        others = (pair for pair in leaves_of(self.batch) if pair[0] != self.x1_at)
+        found = ((GIVEN, given), (own, self.x1), *others)
+        return [
+            (at, x) for at, x in found if x is not None and x.is_floating_point() and x.ndim > 1
+        ]
 
     @property
     def trained_x1(self) -> Tensor | None:
         """x_1 of the first batch as it is trained on, (B, *), before smoothing; None if unknown."""
         if self.seen is not None:
             return self.seen[1].x1 if self._before_smoothing is None else self._before_smoothing
-        return self._changed_x1() if self.search.first is None else self.search.x1
+        return self._changed_x1() if self.search.first is None else self.search.first.x1
 
     def x1_of_batch(self) -> Tensor:
         """x_1 of the current batch as it is trained on, (B, *), after smoothing."""

@@ -109,10 +109,9 @@ def factor_of(x: Tensor, x1: Tensor) -> float | None:
 
 
 def arranged(x1: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    """Data with permuted axes, and flat data as transposed matrices, (B, *shape).
+    """Data with permuted axes, and flat data as transposed matrices, (B, *shape), after code.
 
-    Yields:
-        The code to write after `x_1`, and the tensor. `x_1` itself is left out.
+    The code is to be written after `x_1`, which is left out itself.
     """
     size, shape = math.prod(x1.shape[1:]), tuple(shape)
     if math.prod(shape) != size:
@@ -133,9 +132,8 @@ def arranged(x1: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
 def layout_of(x: Tensor, x1: Tensor) -> str | None:
     """The order of values that makes `x` of `x_1`, both (B, ...), the same in all samples.
 
-    Returns:
-        The code to write after `x_1`; "" if there is no short one; None if there is no such order,
-        or it is a flip, which augments.
+    As code to write after `x_1`; "" if there is no short one; None if there is no such order, or it
+    is a flip, which augments.
     """
     if len(x) != len(x1) or x.numel() != x1.numel():
         return None

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
+from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, rebind
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.noise import check_noise
 from stagewise.schemes import Phases, Scheme, mixes
@@ -49,8 +49,7 @@ class FlowMatching(TargetMaker):
 
         def sample(x_0: Tensor, x_1: Tensor, t: Tensor) -> Any:
             found = plain(x_0=x_0, x_1=x_1, t=t)
-            if watched():
-                tell(Seen(x_1, x_0, t, found.x_t))
+            tell(x_1, x_0, t, found.x_t)
             return found
 
         return rebind(self.place.object, "sample", sample, observes=True)

@@ -1,4 +1,4 @@
-"""Hooks and wrappers on the user's objects that copies and pickles of them do not have.
+"""Hooks on the user's modules that copies and pickles of them do not have.
 
 Training makes copies of a network (averages, teachers, files), which outlive it. A copy with a
 live hook would report its own calls, and keep the listener alive.
@@ -7,14 +7,13 @@ live hook would report its own calls, and keep the listener alive.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
-__all__ = ["CallHook", "eager", "in_place_of"]
+__all__ = ["CallHook", "eager"]
 
 
 class CallHook:
@@ -59,11 +58,6 @@ class CallHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext, "__exit__")
-
-
-def in_place_of(value: Any) -> tuple[Any, ...]:
-    """The result of `__reduce__` for a wrapper: copies and pickles hold the value itself."""
-    return operator.getitem, ((value,), 0)
 
 
 def eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:

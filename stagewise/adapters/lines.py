@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.calls import Call, Reading
-from stagewise.adapters.columns import apart
 from stagewise.conventions import Convention
 
 __all__ = ["call_text", "guessed_line", "velocity_line", "where"]
@@ -18,14 +17,20 @@ __all__ = ["call_text", "guessed_line", "velocity_line", "where"]
 _ASK = "velocity=lambda module, xt, t, labels: "
 
 
-def velocity_line(call: Call, reading: Reading, *, turned: str = "t", answer: str = "") -> str:
-    """How to ask for the velocity of a call like this one, to be pasted.
+class _Code(str):
+    """Code that stands in lists, tuples and dicts as it is."""
+
+    __repr__ = str.__str__
+
+
+def velocity_line(reading: Reading, *, turned: str = "t", answer: str = "") -> str:
+    """How to ask for the velocity in a call that is read so, to be pasted.
 
     An argument that cannot be written, such as a text, appears as the name of its parameter.
     `answer` is what to write after the call to get the prediction.
     """
     slots, maker = reading.slots, reading.maker
-    leaves = apart(call.leaves, slots.columns)
+    call, leaves = slots.call, slots.call.leaves
     x, time = "xt", _time_text(maker.convention, turned)
     if maker.convention.by_sigma:
         x = "xt / t.reshape(-1, *[1] * (xt.ndim - 1))"
@@ -37,9 +42,9 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t", answer: st
         texts[slots.labels] = "labels[:, None]" if like.ndim > 1 else "labels"
         if slots.one_hot:
             texts[slots.labels] = f"nn.functional.one_hot(labels, {like.shape[1]}).to(xt)"
-    if slots.columns:
-        parts = ", ".join(texts[k] for k, _ in slots.columns)
-        leaves, texts = call.leaves, {slots.x: f"torch.cat([{parts}], 1)"}
+    if call.columns:
+        parts = ", ".join(texts.get(k, call.named[0][k]) for k, _ in call.columns)
+        texts[min(call.columns)[0]] = f"torch.cat([{parts}], 1)"
     sign = "" if maker.convention.sign_of(maker.prediction) == 1 else "-"
     text = f"{sign}{call_text(call, {id(leaves[k]): text for k, text in texts.items()})}{answer}"
     if maker.prediction.kind != "velocity":
@@ -51,11 +56,12 @@ def call_text(call: Call, known: Mapping[int, str]) -> str:
     """A call as code."""
     texts = [
         known.get(id(leaf)) or (repr(leaf) if _is_plain(leaf) else name.split(" ")[0])
-        for leaf, name in zip(call.leaves, call.names, strict=True)
+        for leaf, name in zip(call.leaves, call.named[0], strict=True)
     ]
-    args, kwargs = pytree.tree_unflatten(texts, call.spec)
-    parts = [_written(part) for part in args]
-    parts += [f"{key}={_written(part)}" for key, part in kwargs.items()]
+    args, kwargs = pytree.tree_unflatten(
+        [_Code(text) for text in texts[: call.spec.num_leaves]], call.spec
+    )
+    parts = [*map(repr, args), *(f"{key}={part!r}" for key, part in kwargs.items())]
     return f"{where(call.name)}({', '.join(parts)})"
 
 
@@ -81,17 +87,6 @@ def _is_plain(leaf: Any) -> bool:
     if isinstance(leaf, (list, tuple)):
         return all(_is_plain(one) for one in leaf) and len(leaf) <= 4
     return leaf is None or isinstance(leaf, (bool, int, float, str))
-
-
-def _written(part: Any) -> str:
-    """Lists, tuples and dicts of texts as code."""
-    if isinstance(part, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_written(value)}" for key, value in part.items()) + "}"
-    if isinstance(part, (list, tuple)):
-        inner = ", ".join(_written(one) for one in part)
-        comma = "," if len(part) == 1 else ""
-        return f"[{inner}]" if isinstance(part, list) else f"({inner}{comma})"
-    return part
 
 
 def _time_text(convention: Convention, t: str) -> str:

@@ -13,10 +13,9 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.answers import Gradients, answer_text, tensor_of
 from stagewise.adapters.base import TargetMaker
-from stagewise.adapters.calls import Call, Reading, Slots, conditioning, moved, rows_of
-from stagewise.adapters.columns import joined
+from stagewise.adapters.calls import Call, Reading, Slots, moved
+from stagewise.adapters.conditions import conditioning, kept, rows_of
 from stagewise.adapters.lines import velocity_line, where
-from stagewise.adapters.reasons import Diagnosis
 from stagewise.conventions import DDPMPath
 from stagewise.masks import MaskedLabels, plain
 
@@ -38,8 +37,9 @@ class Network:
         optional: Whether it accepts something that it was not given.
     """
 
-    def __init__(self, module: nn.Module, name: str, maker: TargetMaker, slots: Slots) -> None:
-        self.module, self.name, self.maker, self._slots = module, name, maker, slots
+    def __init__(self, maker: TargetMaker, slots: Slots) -> None:
+        self.maker, self._slots = maker, slots
+        self.module, self.name = slots.call.module, slots.call.name
         self.reads, self.at = maker, 0
         self.conditional, self.optional = slots.labels is not None, slots.optional
         self.conditions = tuple(text for _, text in slots.conditions)
@@ -61,24 +61,24 @@ class Network:
         slots = moved(call, self._slots)
         if slots is None:
             return None
-        slots = conditioning(call, slots, find_labels(), batch)
-        found = self._like(self.module, slots.kept(call.leaves))
+        found = self._like(kept(conditioning(slots, find_labels(), batch)))
         more = len(found.conditions) > len(self.conditions) or found.conditional > self.conditional
         return found if more else None
 
     def of(self, root: nn.Module) -> Network:
         """The same network in a copy of the module that was searched."""
-        return self._like(root.get_submodule(self.name), self._slots)
+        call = replace(self._slots.call, module=root.get_submodule(self.name))
+        return self._like(replace(self._slots, call=call))
 
-    def _like(self, module: nn.Module, slots: Slots) -> Network:
-        found = Network(module, self.name, self.maker, slots)
+    def _like(self, slots: Slots) -> Network:
+        found = Network(self.maker, slots)
         found.reads, found.at = self.reads, self.at
         return found
 
     def is_given(self, condition: Tensor) -> bool:
         """Whether it was given this condition of the first batch, (B, *), except dropped ones."""
         for k, _ in self._slots.conditions:
-            leaf = self._slots.leaves[k]
+            leaf = self._slots.call.leaves[k]
             if isinstance(leaf, Tensor) and leaf.numel() == condition.numel():
                 alike = leaf.reshape(condition.shape).to(condition) == condition
                 if 2 * int(alike.flatten(1).all(1).sum()) >= len(condition):
@@ -97,7 +97,7 @@ class Network:
             ValueError: If labels or masks are missing, or the network returns another shape.
         """
         slots, masks, labels = self._slots, labels, plain(labels)
-        leaves = list(slots.leaves)
+        leaves = list(slots.call.leaves)
 
         def put(k: int, value: Tensor) -> None:
             like = leaves[k]
@@ -130,7 +130,7 @@ class Network:
         rows = [k % slots.size for k in range(len(xt))] if slots.conditions else []
         for k, _ in slots.conditions:
             leaves[k] = rows_of(leaves[k], slots.size, rows)
-        args, kwargs = pytree.tree_unflatten(joined(leaves, slots.columns), slots.spec)
+        args, kwargs = slots.call.arguments(leaves)
         kind = leaves[slots.x].device.type
         with torch.autocast(kind, slots.autocast, enabled=slots.autocast is not None):
             output = self.module(*args, **kwargs)
@@ -146,7 +146,7 @@ class Network:
     def reachable(self, t: Tensor) -> Tensor:
         """The nearest times, (B,), that it can be asked about: if it counts steps, whole ones."""
         convention = self.maker.convention
-        whole = not self._slots.leaves[self._slots.time].is_floating_point()
+        whole = not self._slots.call.leaves[self._slots.time].is_floating_point()
         if isinstance(convention.path, DDPMPath) or not whole:
             return convention.rounded(t)
         first, last = sorted((convention.noise_time, convention.data_time))
@@ -159,10 +159,10 @@ class Network:
 
     def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """`x_t` and t of a call; None if it has other arguments than the first one."""
-        call = Call.of(self.name, self.module, args, kwargs)
-        if call.spec != self._slots.spec:
+        known, call = self._slots.call, Call.of(self.name, self.module, args, kwargs)
+        if call.spec != known.spec:
             return None
-        x, time = self._slots.read(call.leaves)
+        x, time = replace(self._slots, call=call.split(known.columns)).read()
         return self.maker.convention.inside(x, time.to(torch.float32))
 
 
@@ -171,12 +171,11 @@ class Match:
     """A call that fits."""
 
     network: Network
-    call: Call
     reading: Reading  # what the arguments are
     matched: str  # the name of the candidate that it fits
     x1: Tensor  # that candidate, (B, *), detached
     made: tuple[Any, Any, Any] = (None, None, None)  # arguments, keyword arguments and output
-    diagnosis: Diagnosis | None = None  # why the candidate is not `x_1` of the batch
+    diagnosis: str = ""  # why the candidate is not `x_1` of the batch
     other: bool = False  # neither `x_1` of the batch nor what the target maker was given
     inner: bool = False  # a layer of a module that may be given more
     gradients: Gradients | None = None
@@ -186,21 +185,17 @@ class Match:
         """How to ask for the velocity, to be pasted."""
         network = self.network
         answer = answer_text(self.made[2], tuple(self.x1.shape), network.at)
-        return velocity_line(self.call, replace(self.reading, maker=network.reads), answer=answer)
+        return velocity_line(replace(self.reading, maker=network.reads), answer=answer)
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Any], Any], known: Any) -> str:
-        """How a function asks the network differently than training does.
+        """How a function of x_t, t and labels asks the network differently than training does.
 
-        Args:
-            ask: From x_t, t and labels to the velocity.
-            known: The labels of the batch, (B,), or None; with masks `MaskedLabels`.
-
-        Returns:
-            What differs, with the line that asks as in training; empty if nothing differs, or the
-            function does not call the network exactly once.
+        With the line that asks as in training; empty if nothing differs, or the function does not
+        call the network exactly once. `known` are the labels of the batch.
         """
         slots, calls = self.reading.slots, []
-        if self.inner or slots.columns:
+        leaves = slots.call.leaves
+        if self.inner or slots.call.columns:
             return ""
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -215,7 +210,7 @@ class Match:
         if len(calls) != 1:
             return ""
         tensors = calls[0]
-        time = self.call.leaves[slots.time].reshape(-1)
+        time = leaves[slots.time].reshape(-1)
         near = 1e-3 * float(time.detach().abs().max())
         timed = any(
             leaf.numel() == len(time) and bool(((leaf.reshape(-1) - time).abs() <= near).all())
@@ -223,7 +218,7 @@ class Match:
         )
         what = "" if timed else "at another time than training does for the same x_t"
         if timed and slots.labels is not None:
-            like = self.call.leaves[slots.labels]
+            like = leaves[slots.labels]
             given = any(x.shape == like.shape and x.dtype == like.dtype for x in tensors)
             what = "" if given else "without the labels that training gives it"
         return what and (

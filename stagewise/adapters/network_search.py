@@ -23,15 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.answers import Gradients, tensors_of
+from stagewise.adapters.answers import Gradients
 from stagewise.adapters.base import Detach, Seen, TargetMaker
-from stagewise.adapters.calls import Call, conditioning, readings, retimed
+from stagewise.adapters.calls import Call, readings, retimed
+from stagewise.adapters.conditions import conditioning, kept
 from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
 from stagewise.adapters.hooks import CallHook, eager
 from stagewise.adapters.lines import call_text, guessed_line, where
 from stagewise.adapters.network import Match, Network
-from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, own_of
+from stagewise.adapters.reasons import GIVEN, Candidates, Made, Reasons, own_of
 from stagewise.adapters.rows import equals
+from stagewise.batches import leaves_of
 from stagewise.masks import plain
 from stagewise.paths import same_path
 from stagewise.stage_target import StageTarget
@@ -45,18 +47,15 @@ class NetworkSearch:
     Args:
         root: The module.
         makers: What may make its targets (`find_target_makers`, `assumed_makers`).
-        candidates: Returns names and tensors that may be `x_1`, best first: as given to the target
-            maker (`GIVEN`), as found in the batch, other floating-point tensors of the batch. The
-            names appear in messages.
+        candidates: What `x_1` may be.
         labels: The classes of the batch, (B,), or None; with masks `MaskedLabels`.
-        labels_name: Name of the labels in messages, default "batch[1]".
+        labels_name: Name of the labels in messages.
         batch: The batch. Parts of it that the network is given unchanged count as conditions.
         seen: Returns what a maker was given before the network is called, or None. The network may
             be given its times in other units, a t + b.
 
     Attributes:
         compiled: Whether the whole training step is compiled, so that nothing can be watched.
-        beside: What lies beside x_t on its channels, if no call fits for that reason.
         empty: Whether no submodule was called with gradients so far.
         encoders: Calls with `x_1` of the batch, or what is made of it; None if they are not kept.
         reasons: What the calls say about `x_1` of the batch.
@@ -81,14 +80,12 @@ class NetworkSearch:
             if not any(_alike(maker, other) for other in self.makers):
                 self.makers.append(maker)
         self._candidates, self._batch, self._seen = candidates, batch, seen
-        self.compiled, self.empty, self.beside = _is_compiled(root), True, ""
+        self.compiled, self.empty = _is_compiled(root), True
         self._matches: list[Match] = []
         self.reasons = Reasons(self.makers, plain(labels), labels_name)
         self._goes_on: tuple[str, str] | None = None
-        self._inside: nn.Module | None = None
-        self._pending: Match | None = None
+        self._inside: Match | None = None
         self._calls: list[tuple[int, bool, bool]] = []
-        self._hooks: list[CallHook] = []
         self._detach: list[Detach] = []
         observed = any(maker.observable for maker in self.makers)
         self.encoders: list[EncoderCall] | None = [] if observed else None
@@ -97,35 +94,23 @@ class NetworkSearch:
         for name, module in () if self.compiled else eager(root):
             name = names.get(module, name)
             enter, leave = partial(self._enter, name), partial(self._leave, name)
-            self._hooks += [
-                CallHook(enter, module.register_forward_pre_hook, prepend=True),
-                CallHook(leave, module.register_forward_hook, always_call=True),
+            self._detach += [
+                CallHook(enter, module.register_forward_pre_hook, prepend=True).remove,
+                CallHook(leave, module.register_forward_hook, always_call=True).remove,
             ]
             if observed:
                 self._detach += watch_encoders(name, module, self._note_encoder)
 
     def stop(self) -> None:
         """Takes the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
         for detach in self._detach:
             detach()
-        self._hooks, self._detach, self.encoders = [], [], None
+        self._detach, self.encoders = [], None
 
     @property
     def first(self) -> Match | None:
         """The first call that fits, also if `result` refuses it."""
         return self._matches[0] if self._matches else None
-
-    @property
-    def x1(self) -> Tensor | None:
-        """The candidate that it fits, (B, *), detached."""
-        return None if self.first is None else self.first.x1
-
-    @property
-    def call(self) -> tuple[Any, Any, Any] | None:
-        """The arguments, keyword arguments and output of that call."""
-        return None if self.first is None else self.first.made
 
     def result(self) -> Network:
         """The network; raises a ValueError with the reason if there is not exactly one."""
@@ -145,12 +130,12 @@ class NetworkSearch:
                 f"{where(first.network.name)} is given x_t and time, but its answer goes on to "
                 f"{where(name)}, whose answer has the same shape. Say what the velocity is: {line}"
             )
-        if first.other and first.diagnosis is not None:
-            raise ValueError(f"Expected x_1 to be trained on: {first.diagnosis.message}")
+        if first.other and first.diagnosis:
+            raise ValueError(f"Expected x_1 to be trained on: {first.diagnosis}")
         return first.network
 
-    def diagnosis(self) -> Diagnosis | None:
-        """Why `x_1` of the batch is not what is trained on; None if it is, or not known."""
+    def diagnosis(self) -> str:
+        """Why `x_1` of the batch is not what is trained on; empty if it is, or not known."""
         return self.reasons.diagnosis if self.first is None else self.first.diagnosis
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:
@@ -187,11 +172,7 @@ class NetworkSearch:
         trains = torch.is_grad_enabled()
         with torch.no_grad():
             call = Call.of(name, module, args, kwargs)
-            candidates = [
-                (text, x1.detach())
-                for text, x1 in self._candidates()
-                if x1.is_floating_point() and x1.ndim > 1
-            ]
+            candidates = [(text, x1.detach()) for text, x1 in self._candidates()]
             own = own_of(candidates)
             alone = len(call.leaves) == 1 and own is not None and equals(call.leaves[0], own[1])
             makes = isinstance(module, StageTarget) or id(module) in self._makers
@@ -201,9 +182,7 @@ class NetworkSearch:
             if not trains or self._inside is not None:
                 return
             self.empty = self.empty and module is self.root
-            self._pending = None if makes else self._consider(call, candidates)
-            if self._pending is not None:
-                self._inside = module
+            self._inside = None if makes else self._consider(call, candidates)
 
     @torch.no_grad()
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -214,11 +193,11 @@ class NetworkSearch:
             shape, so_far = tuple(output.shape), self.reasons.made
             inside = [made for made in so_far[start:] if made.shape != shape]
             so_far[start:] = [*inside, Made(name, weakref.ref(output), shape, alone)]
-        if module is self._inside:
-            match, self._inside, self._pending = self._pending, None, None
-            assert match is not None
+        match = self._inside
+        if match is not None and module is match.network.module:
+            self._inside = None
             self._take(match, args, kwargs, output)
-        elif self._matches and self._inside is None:
+        elif self._matches and match is None:
             self._follow(Call.of(name, module, args, kwargs), output)
 
     def _note_encoder(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
@@ -241,40 +220,20 @@ class NetworkSearch:
                 continue
             # The argument with the most values is the time: labels have fewer.
             reading = max(fits, key=lambda reading: reading.moments)
-            slots = conditioning(call, reading.slots, self.labels, self._batch)
-            network = Network(call.module, call.name, reading.maker, slots.kept(call.leaves))
-            match = Match(network, call, replace(reading, slots=slots), text, x1)
+            slots = conditioning(reading.slots, self.labels, self._batch)
+            network = Network(reading.maker, kept(slots))
+            match = Match(network, replace(reading, slots=slots), text, x1)
             if own is not None:
                 match.diagnosis = self.reasons.compare(call.name, reading, text, x1, *own)
                 match.other = text not in (GIVEN, own[0])
             return match
         if candidates and not self._matches:
             self.reasons.note(call, candidates)
-            self.beside = self.beside or self._channels(call, candidates[0][1])
         return None
-
-    def _channels(self, call: Call, x1: Tensor) -> str:
-        """What lies beside `x_t` on the channels of one argument, such as an image to fill in."""
-        size, shape = x1.shape[1], tuple(x1.shape)
-        for k, leaf in enumerate(call.leaves):
-            if not isinstance(leaf, Tensor) or leaf.ndim != x1.ndim or leaf.ndim < 3:
-                continue
-            more = leaf.shape[1] - size
-            if more < 1 or (*leaf.shape[:1], size, *leaf.shape[2:]) != shape:
-                continue
-            for part in (leaf[:, :size], leaf[:, more:]):
-                other = replace(
-                    call, leaves=[part if n == k else x for n, x in enumerate(call.leaves)]
-                )
-                makers = [*self.makers, *retimed(call, self._seen())]
-                for reading in readings(other, shape, x1, makers, plain(self.labels)):
-                    if reading.noisy.fits(x1):
-                        return f"{call.names[k]}: {more} channels beside those of x_t"
-        return ""
 
     def _take(self, match: Match, args: Any, kwargs: Any, output: Any) -> None:
         """Adds a call that fits, unless its module is frozen or was called before."""
-        given = [tensor for _, tensor in tensors_of(output)]
+        given = [tensor for _, tensor in leaves_of(output)]
         if given and not any(tensor.requires_grad for tensor in given):
             return
         for tensor in given:
@@ -288,7 +247,7 @@ class NetworkSearch:
             self._matches = [known for known in self._matches if not known.other]
         if match.matched == GIVEN:  # it is now known what is trained on
             self._matches = [known for known in self._matches if equals(known.x1, match.x1)]
-        called = any(known.call.module is match.call.module for known in self._matches)
+        called = any(known.network.module is match.network.module for known in self._matches)
         if not called and (self.first is None or self.first.other == match.other):
             self._matches.append(match)
 
@@ -297,7 +256,7 @@ class NetworkSearch:
         first = self._matches[0]
         slots, answer = first.reading.slots, first.made[2]
         if (
-            call.module is first.call.module
+            call.module is first.network.module
             or not isinstance(output, Tensor)
             or output.shape != first.x1.shape
             or not any(leaf is answer for leaf in call.leaves)
@@ -305,9 +264,8 @@ class NetworkSearch:
         ):
             return
         start, _, inner = first.line.partition("labels: ")
-        known = {id(answer): inner, id(first.call.leaves[slots.x]): "xt"}
-        if not slots.columns:
-            known[id(first.call.leaves[slots.time])] = "t"
+        leaves = slots.call.leaves
+        known = {id(answer): inner, id(leaves[slots.x]): "xt", id(leaves[slots.time]): "t"}
         self._goes_on = call.name, f"{start}labels: {call_text(call, known)}"
 
 

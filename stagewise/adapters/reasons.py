@@ -5,46 +5,26 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
 from stagewise.adapters.base import TargetMaker
-from stagewise.adapters.calls import Call, Reading, conditioning, readings, short
+from stagewise.adapters.calls import Call, Reading, readings
+from stagewise.adapters.conditions import conditioning, short
 from stagewise.adapters.fitting import arranged, factor_of, layout_of
 from stagewise.adapters.lines import velocity_line, where
 from stagewise.adapters.rows import equals
 from stagewise.conventions import written
 
-__all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "own_of"]
+__all__ = ["GIVEN", "Candidates", "Made", "Reasons", "own_of"]
 
 GIVEN = "x_1 as it was given to what makes the targets"
 """The name of this candidate; the first one with another name is the `x_1` of the batch."""
 
 Candidates: TypeAlias = Callable[[], "Sequence[tuple[str, Tensor]]"]
-"""Returns what `x_1` may be at the time of a call, best first, with names such as "batch[0]"."""
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Why `x_1` of the batch is not what is trained on.
-
-    Attributes:
-        kind: "scaled": it is multiplied by `factor`; "rearranged": the values of a sample are in
-            another order; "reversed": time runs the other way than the maker says; "encoded":
-            `module` encodes it; "other tensor": training is on another tensor of the batch.
-        message: What was found, and the cure.
-        factor: By which `x_1`, or the output of `module`, is multiplied; None if it is not.
-        module: Such as "module.vae", for "encoded".
-    """
-
-    kind: Literal["scaled", "rearranged", "reversed", "encoded", "other tensor"]
-    message: str
-    factor: float | None = None
-    module: str | None = None
-
-
-_SUREST = ("scaled", "rearranged", "reversed", "encoded")
+"""Returns what `x_1` may be at the time of a call, best first, with names for messages: as given
+to what makes the targets, as found in the batch, other floating-point tensors of the batch."""
 
 
 @dataclass
@@ -58,16 +38,7 @@ class Made:
 
 
 class Reasons:
-    """Collects, in one training step, why calls do not fit.
-
-    Args:
-        makers: What may make the targets.
-        labels: The classes of the batch, (B,), or None.
-        labels_name: Their name in messages.
-
-    Attributes:
-        made: What submodules returned so far.
-    """
+    """Collects, in one training step, why calls do not fit; `made`: what submodules returned."""
 
     def __init__(
         self, makers: Sequence[TargetMaker], labels: Tensor | None, labels_name: str
@@ -76,18 +47,20 @@ class Reasons:
         self._makers, self._labels = makers, labels
         self._labels_text = "None" if labels is None else labels_name
         self._bank = f"bank=LatentBank(latents{'' if labels is None else ', labels'})."
-        self._diagnoses: list[Diagnosis] = []
-        self._guess: Diagnosis | None = None
+        # The surest first: of each kind the first message, empty if there is none.
+        kinds = ("scaled", "rearranged", "reversed", "encoded", "guessed")
+        self._found = dict.fromkeys(kinds, "")
         self._coupled = ""
         self._lines: list[str] = []
         self._shape: tuple[int, ...] = ()
 
     @property
-    def diagnosis(self) -> Diagnosis | None:
-        """The best explanation of the calls; None if there is none."""
-        sure = [found.kind for found in self._diagnoses]
-        first = next((kind for kind in _SUREST if kind in sure), None)
-        return self._guess if first is None else self._diagnoses[sure.index(first)]
+    def diagnosis(self) -> str:
+        """What the calls say best, and the cure; empty if they say nothing."""
+        return next(filter(None, self._found.values()), "")
+
+    def _tell(self, kind: str, message: str) -> None:
+        self._found[kind] = self._found[kind] or message
 
     def explain(self, line: str) -> str:
         """Why no call fits, with a cure; `line` is how to ask for the velocity."""
@@ -95,8 +68,8 @@ class Reasons:
         calls = f"Calls with a tensor of its shape, {self._shape}:{calls}\n"
         if self._coupled:
             return f"{self._coupled}\n{calls}"
-        if self.diagnosis is not None:
-            return f"{self.diagnosis.message}\n{calls}"
+        if self.diagnosis:
+            return f"{self.diagnosis}\n{calls}"
         paths = ", ".join(repr(maker.path) for maker in self._makers)
         return (
             "no call in the first training step was given x_t and a time that fit x_1 of the batch "
@@ -109,20 +82,18 @@ class Reasons:
 
     def compare(
         self, name: str, reading: Reading, matched: str, x1: Tensor, text: str, own: Tensor
-    ) -> Diagnosis | None:
-        """Why a call fits another candidate than `x_1` of the batch; None if that fits too."""
+    ) -> str:
+        """Why a call fits another candidate than `x_1` of the batch; empty if that fits too."""
         if matched == text or (own.shape == x1.shape and reading.noisy.fits(own)):
-            return None
+            return ""
         if matched == GIVEN:
             return self.origin(x1, text, own)
-        return Diagnosis(
-            "other tensor",
-            f"{where(name)} is given x_t of {matched}, not of {text}. "
-            f"Say so: {self._find(matched)}",
+        return (
+            f"{where(name)} is given x_t of {matched}, not of {text}. Say so: {self._find(matched)}"
         )
 
-    def origin(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
-        """How what is trained on, (B, *), was made from `x_1` of the batch; None if unknown."""
+    def origin(self, x1: Tensor, text: str, own: Tensor) -> str:
+        """How what is trained on, (B, *), was made from `x_1` of the batch; empty if unknown."""
         factor = factor_of(x1, own)
         if factor is not None:
             return self._scaled(factor, f"{factor:g}", text)
@@ -132,7 +103,7 @@ class Reasons:
             if factor is not None:
                 return self._encoded(made, factor)
         layout = layout_of(x1, own)
-        return None if layout is None else self._rearranged(layout, text)
+        return "" if layout is None else self._rearranged(layout, text)
 
     def note(self, call: Call, candidates: list[tuple[str, Tensor]]) -> None:
         """Records why a call does not fit."""
@@ -147,29 +118,28 @@ class Reasons:
                 if lean and not self._coupled:
                     self._coupled = _depends(call.name, lean, reading.noisy.scale(x1))
         for reading in readings(call, None, own, self._makers, self._labels):
-            self._explains(call, reading, text, own)
+            self._explains(call.name, reading, text, own)
 
-    def _explains(self, call: Call, reading: Reading, text: str, own: Tensor) -> None:
-        """Records what would make `x_1` of the batch fit a reading of a call."""
+    def _explains(self, name: str, reading: Reading, text: str, own: Tensor) -> None:
+        """Records what would make `x_1` of the batch fit a reading of a call of `name`."""
         noisy, shape = reading.noisy, tuple(reading.noisy.xt.shape)
         before = [made for made in self.made if made.shape == shape]
         alone = [made for made in before if made.alone and made.shape == self._shape]
-        if alone and self._guess is None:
-            self._guess = Diagnosis(
-                "encoded",
-                f"{where(alone[0].name)} is called with x_1 alone before {where(call.name)}, so "
+        if alone:
+            self._tell(
+                "guessed",
+                f"{where(alone[0].name)} is called with x_1 alone before {where(name)}, so "
                 "training may be on its output. Say how: encode=lambda x, module: ..., or give the "
                 "x1 of training to a StageTarget in the step, self.target(u, xt=xt, t=t, x1=x1).",
-                module=where(alone[0].name),
             )
         if shape == self._shape:
             factor = None if alone else noisy.scale(own)
             if factor is not None:
-                self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
+                self._tell("scaled", self._scaled(factor, f"about {factor:g}", text))
             by_sigma = reading.maker.convention.by_sigma  # such a time has only one direction
             if not by_sigma and replace(noisy, t=1 - noisy.t).fits(own):
-                turned = replace(reading, slots=conditioning(call, reading.slots, self._labels))
-                line = velocity_line(call, turned, turned="(1 - t)")
+                turned = replace(reading, slots=conditioning(reading.slots, self._labels))
+                line = velocity_line(turned, turned="(1 - t)")
                 cure = f"Say how to ask it: {line}"
                 told = reading.maker.convention
                 if reading.maker.place.object is None:  # assumed, or given for the whole step
@@ -181,52 +151,48 @@ class Reasons:
                         f"Call {reading.maker.name} before the network, or say how time runs, "
                         'such as convention="pi0".'
                     )
-                message = (
-                    f"{where(call.name)} fits x_1 of the batch if its time runs the other way "
-                    f"than {reading.maker.name} says. {cure}"
+                self._tell(
+                    "reversed",
+                    f"{where(name)} fits x_1 of the batch if its time runs the other way "
+                    f"than {reading.maker.name} says. {cure}",
                 )
-                self._diagnoses.append(Diagnosis("reversed", message))
         for layout, x1 in arranged(own, shape[1:]):
             if noisy.fits(x1):
-                self._diagnoses.append(self._rearranged(layout, text))
+                self._tell("rearranged", self._rearranged(layout, text))
         for made in before:
             tensor = made.tensor()
-            given = call.leaves[reading.slots.x]
+            given = reading.slots.call.leaves[reading.slots.x]
             if tensor is None or equals(tensor, own) or tensor is given:
                 continue
             factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
             if factor is not None:
-                self._diagnoses.append(self._encoded(made, factor))
+                self._tell("encoded", self._encoded(made, factor))
         if shape != self._shape and len({made.name for made in before}) == 1:
             # The step may have changed or freed it.
-            self._guess = self._guess or self._encoded(before[0], 1.0)
+            self._tell("guessed", self._encoded(before[0], 1.0))
 
     def _find(self, x1: str) -> str:
         return f"read_batch=lambda batch: ({x1}, {self._labels_text})"
 
-    def _rearranged(self, layout: str, text: str) -> Diagnosis:
+    def _rearranged(self, layout: str, text: str) -> str:
         find = self._find(_written(text) + layout)
-        return Diagnosis(
-            "rearranged",
+        return (
             f"the values of x_1 are those of {_written(text)} in another order, the same in every "
             "sample. The posterior is the same, but the velocity of the model is not. "
-            + (f"Say so: {find}." if layout else f"Give them in that order: {self._bank}"),
+            + (f"Say so: {find}." if layout else f"Give them in that order: {self._bank}")
         )
 
-    def _scaled(self, factor: float, about: str, text: str) -> Diagnosis:
+    def _scaled(self, factor: float, about: str, text: str) -> str:
         find = self._find(f"{factor:g} * {_written(text)}")
-        return Diagnosis("scaled", f"training scales x_1 by {about}. Say so: {find}", factor)
+        return f"training scales x_1 by {about}. Say so: {find}"
 
-    def _encoded(self, made: Made, factor: float) -> Diagnosis:
+    def _encoded(self, made: Made, factor: float) -> str:
         times = "" if factor == 1 else f"{factor:g} * "
         latents = f"{times}{where(made.name)}"
         encode = f"encode=lambda x, module: {latents}(x)" if made.alone else "encode=..."
-        return Diagnosis(
-            "encoded",
+        return (
             f"training encodes x_1: {latents}(...), of shape {made.shape}, fits. Say so, "
-            f"{encode}, or give what is trained on: {self._bank}",
-            None if factor == 1 else factor,
-            where(made.name),
+            f"{encode}, or give what is trained on: {self._bank}"
         )
 
 

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
+from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, class_labels, rebind
 from stagewise.adapters.paths import LibraryPath, recognise
-from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS
 from stagewise.paths import expand_like
-from stagewise.schemes import Phases, Scheme, parts
-from stagewise.schemes.conditions import check_conditions
+from stagewise.schemes import Phases, Scheme
 
 __all__ = ["REPALoss"]
 
@@ -33,7 +31,7 @@ class REPALoss(TargetMaker):
     """REPA's `SILoss`; see the module docstring."""
 
     library, what = "REPA", "REPA loss"
-    weights = losses = True
+    weights = losses = by_call = True
 
     @classmethod
     def of(cls, place: Place) -> REPALoss | None:
@@ -49,33 +47,24 @@ class REPALoss(TargetMaker):
             return alpha, sigma, -d_alpha, -d_sigma
 
         path = recognise(LibraryPath(coefficients, f"SILoss({loss_fn.path_type!r})"))
-        refusal = None if place.owner is not None else "keep it as an attribute, self.loss_fn."
-        if loss_fn.prediction != "v":
-            refusal = f"its prediction, {loss_fn.prediction!r}, is not known."
-        maker = cls(place, path, None, convention, refusal)
-        maker.observable = place.owner is not None
-        return maker
-
-    def _rebind(self, loss: Any, *, observes: bool) -> Detach:
-        # Python looks `__call__` up on the class, so the owner's attribute is replaced.
-        return rebind(self.place.owner, self.place.attribute, loss, observes=observes)
+        known = loss_fn.prediction == "v"
+        refusal = None if known else f"its prediction, {loss_fn.prediction!r}, is not known."
+        return cls(place, path, None, convention, refusal)
 
     def _observe(self, tell: Tell) -> Detach:
-        plain = getattr(self.place.owner, self.place.attribute)
+        plain = getattr(*self.place.call)
 
         def loss(model: Any, images: Tensor, model_kwargs: Any = None, zs: Any = None) -> Any:
             def look(x: Tensor, time: Tensor, **kwargs: Any) -> Any:
-                if watched():
-                    given = tuple(pair for key in kwargs for pair in leaves_of(kwargs[key], key))
-                    tell(Seen(images, None, self.convention.to_t(time), x, given))
+                tell(images, None, self.convention.to_t(time), x, kwargs)
                 return model(x, time, **kwargs)
 
             return plain(look, images, model_kwargs, zs)
 
-        return self._rebind(loss, observes=True)
+        return rebind(*self.place.call, loss, observes=True)
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
-        plain = getattr(self.place.owner, self.place.attribute)
+        plain = getattr(*self.place.call)
 
         def loss(
             model: Any,
@@ -83,9 +72,7 @@ class REPALoss(TargetMaker):
             model_kwargs: Mapping[str, Any] | None = None,
             zs: Any = None,
         ) -> tuple[Tensor, Any]:
-            others = dict(model_kwargs or {})
-            y = others.pop("y", None)
-            labels = [check_conditions(part, [y], [others], len(images)) for part in parts(scheme)]
+            labels = class_labels(scheme, model_kwargs, images)
             t = weight = torch.empty(0)
 
             def steered(x: Tensor, time: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
@@ -96,9 +83,7 @@ class REPALoss(TargetMaker):
                 noise = (x - alpha * images) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
                 x = (x + alpha * (x1 - images)).to(x)
                 u = d_alpha * x1 + d_sigma * noise
-                target, weight = scheme(
-                    u, xt=x, t=t, x1=x1, labels=next((y for y in labels if y is not None), None)
-                )
+                target, weight = scheme(u, xt=x, t=t, x1=x1, labels=labels)
                 answer, *more = model(x, time, **kwargs)
                 # The loss uses the negative velocity of the images before smoothing.
                 moved = (target - u) + d_alpha * (x1 - images)
@@ -108,4 +93,4 @@ class REPALoss(TargetMaker):
             self._last = (t, losses.detach())
             return losses * weight.to(losses), projection
 
-        return self._rebind(loss, observes=False)
+        return rebind(*self.place.call, loss)

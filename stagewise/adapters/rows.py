@@ -1,4 +1,4 @@
-"""Which samples that are trained on are which of a batch, and what their classes are."""
+"""Which samples that are trained on are which of a batch, and which numbers are their classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import leaves_of
 
-__all__ = ["equals", "is_label", "labels_of_rows", "place_of", "version_of"]
+__all__ = [
+    "agreement",
+    "equals",
+    "is_label",
+    "labels_in",
+    "labels_of_rows",
+    "place_of",
+    "version_of",
+]
 
 
 def equals(x: Any, x1: Tensor) -> bool:
@@ -26,16 +34,28 @@ def version_of(x: Tensor) -> int:
 
 def is_label(x: Tensor) -> bool:
     """Whether a tensor can hold the class of each sample."""
-    return not x.is_floating_point() and x.numel() == len(x)
+    return not x.is_floating_point() and x.ndim > 0 and x.numel() == len(x)
 
 
-def place_of(tensor: Tensor, batch: Any) -> str:
+def place_of(tensor: Tensor | None, batch: Any) -> str:
     """Where a tensor lies in a batch, such as "batch[0]"; empty if it is not there."""
+    if tensor is None:
+        return ""
     for place, leaf in leaves_of(batch):
         alike = leaf.shape == tensor.shape or leaf.numel() == tensor.numel() == len(tensor)
         if alike and torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
             return place
     return ""
+
+
+def labels_in(bank: LatentBank | None, x1: Tensor, masks: object = None) -> Tensor | None:
+    """The classes of samples in a bank, (n,), int64; None if it has none, or not all samples."""
+    if bank is None or not bank.classes or tuple(x1.shape[1:]) != bank.shape:
+        return None
+    rows = bank.find(x1, masks)
+    if not bool((rows >= 0).all()):
+        return None
+    return torch.tensor(bank.labels_of(rows.tolist()), device=rows.device)
 
 
 def labels_of_rows(
@@ -54,10 +74,9 @@ def labels_of_rows(
         first = find_among(own, own)
         unsure = first[labels[first] != labels]  # equal rows of several classes
         return None if bool(torch.isin(rows, unsure).any()) else labels[rows]
-    if bank is not None and bank.classes and tuple(x1.shape[1:]) == bank.shape:
-        stored = bank.find(x1)
-        if bool((stored >= 0).all()):
-            return torch.tensor(bank.labels_of(stored.tolist())).to(labels)
+    stored = labels_in(bank, x1)
+    if stored is not None:
+        return stored.to(labels)
     if not bool(known.any()):
         return labels if len(x1) == len(own) else None
     at = int(known.nonzero()[0])
@@ -66,3 +85,29 @@ def labels_of_rows(
     if len(piece) < len(x1) or not bool((piece.to(x1) == x1).flatten(1).all(1)[known].all()):
         return None
     return labels[start : start + len(x1)]
+
+
+def agreement(leaf: Tensor, labels: Tensor, *, one_hot: bool) -> int:
+    """How many of the batch's labels a leaf has; -1 if it does not hold them.
+
+    Labels that were dropped, for classifier-free guidance, all have one other value.
+    """
+    labels, size = labels.reshape(-1).to(leaf.device), len(leaf)
+    if len(labels) != size or leaf.dtype is torch.bool and not one_hot:
+        return -1
+    if one_hot:
+        if leaf.ndim != 2 or not bool(((leaf == 0) | (leaf == 1)).all()):
+            return -1
+        count = leaf.sum(1)
+        if bool((count > 1).any()):
+            return -1
+        classes = torch.where(count == 1, leaf.to(torch.uint8).argmax(1), -1)
+    elif leaf.numel() != size:
+        return -1
+    elif leaf.is_floating_point():
+        return size if equals(leaf.reshape(-1), labels) else -1
+    else:
+        classes = leaf.reshape(-1).long()
+    other = classes != labels
+    dropped, agree = classes[other].unique(), size - int(other.sum())
+    return agree if len(dropped) <= 1 and agree else -1

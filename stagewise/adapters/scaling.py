@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from stagewise.bank.building import HALF
 __all__ = ["Step", "done", "related", "text_of", "way_of"]
 
 Step = tuple[Any, ...]
-"""An operation and its arguments: `reshape`, `to` a type, `clamp`, or `*`, `/`, `+`, `-` with
-one number, or with one for each channel and the number of axes after the channels."""
+"""An operation and its arguments: a method, or `*`, `/`, `+`, `-` with one number, or with one
+for each channel and the number of axes after the channels."""
 
 _Ends = tuple["float | None", "float | None"]
 _NO_ENDS: _Ends = (None, None)
@@ -22,14 +22,20 @@ _LEAST = 6
 """The least number of values in a channel to fit its two numbers."""
 
 
-def done(x: Tensor, kind: str, *what: Any) -> Tensor:
+_METHODS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "reshape": lambda shape: (-1, *shape),
+    "to": lambda kind: (getattr(torch, kind),),
+    "clamp": lambda *ends: ends,
+    "sample": lambda: (),
+    "chunk": lambda: (2, 1),
+}
+"""Steps that are a method, and its arguments."""
+
+
+def done(x: Any, kind: str, *what: Any) -> Any:
     """Applies a step to samples, (B, *)."""
-    if kind == "reshape":
-        return x.reshape(-1, *what[0])
-    if kind == "to":
-        return x.to(getattr(torch, what[0]))
-    if kind == "clamp":
-        return x.clamp(*what)
+    if kind in _METHODS:
+        return getattr(x, kind)(*_METHODS[kind](*what))
     number = what[0]
     if isinstance(number, tuple):
         number = torch.tensor(number, dtype=torch.float64).to(x).reshape(-1, *[1] * what[1])
@@ -40,12 +46,8 @@ def done(x: Tensor, kind: str, *what: Any) -> Tensor:
 
 def text_of(kind: str, *what: Any) -> str:
     """A step as code after `x`."""
-    if kind == "reshape":
-        return f".reshape({', '.join(map(str, (-1, *what[0])))})"
-    if kind == "to":
-        return f".to(torch.{what[0]})"
-    if kind == "clamp":
-        return f".clamp({what[0]!r}, {what[1]!r})"
+    if kind in _METHODS:
+        return f".{kind}({', '.join(map(repr, _METHODS[kind](*what)))})"
     if isinstance(what[0], tuple):
         sides = f".reshape(-1{', 1' * what[1]})" if what[1] else ""
         return f" {kind} torch.tensor({[*what[0]]!r}).to(x){sides}"

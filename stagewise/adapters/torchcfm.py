@@ -17,13 +17,14 @@ a network may be trained on, is refused if the scheme mixes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, chained, rebind, watched
+from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, chained, rebind
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
 from stagewise.noise import check_noise
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
@@ -68,8 +69,7 @@ class TorchCFM(TargetMaker):
         def look(x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor) -> None:
             nonlocal told
             told = True
-            if watched():
-                tell(Seen(x1, None if self._makes_noise else x0, t, xt))
+            tell(x1, None if self._makes_noise else x0, t, xt)
 
         def wrap_pairs(plain: Any) -> Callable[..., Any]:
             def sample(x0: Tensor, x1: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -106,31 +106,21 @@ class TorchCFM(TargetMaker):
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         matcher = self.place.object
-        plain: Any = getattr(matcher, _PLAIN)
-        guided: Any = getattr(matcher, _GUIDED, None)
         noisy = isinstance(self.path, NoisedPath)
         mixing = mixes(scheme)
         looked_at = not mixing or self._makes_noise
-        inside_guided = False
+        inside = False  # of the guided method, which calls the other
 
-        def draw(
-            x0: Tensor, x1: Tensor, t: Tensor | None, return_noise: bool
-        ) -> tuple[Tensor, Tensor | None]:
+        def draw(x0: Tensor, x1: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor | None]:
             nonlocal looked_at
-            if mixing and return_noise:
-                raise ValueError(
-                    f"{self.name} was called with return_noise=True, but the scheme changes only "
-                    "the velocity: a network that is trained on the noise would not be steered. "
-                    "Call it without return_noise and train on the velocity."
-                )
             if not looked_at:
                 check_noise(x0)
                 looked_at = True
             if t is not None:
                 self.refuse_given_times(scheme)
-            if t is None and scheme.draws_timesteps:
+            elif scheme.draws_timesteps:
                 t = scheme.timesteps.sample(len(x0)).type_as(x0)  # on the CPU, as torchcfm does
-            elif t is None and scheme.smoothing is not None:
+            elif scheme.smoothing is not None:
                 t = torch.rand(len(x0)).type_as(x0)  # as torchcfm; smoothing depends on t
             return x1 if t is None else scheme.smooth(x1, t=t), t
 
@@ -143,36 +133,33 @@ class TorchCFM(TargetMaker):
                 steered = steered + expand_like(scheme.last.lam.to(u), u) * (known - u)
             return steered
 
-        def sample(
-            x0: Tensor, x1: Tensor, t: Tensor | None = None, return_noise: bool = False
-        ) -> tuple[Any, ...]:
-            if inside_guided:
-                return plain(x0, x1, t, return_noise)
-            x1, t = draw(x0, x1, t, return_noise)
-            t, xt, u, *rest = plain(x0, x1, t, return_noise)
-            return (t, xt, target(u, t, xt, x1, None), *rest)
+        def wrap(plain: Any) -> Callable[..., Any]:
+            signature = inspect.signature(plain)
 
-        def guided_sample(
-            x0: Tensor,
-            x1: Tensor,
-            y0: Tensor | None = None,
-            y1: Tensor | None = None,
-            t: Tensor | None = None,
-            return_noise: bool = False,
-        ) -> tuple[Any, ...]:
-            nonlocal inside_guided
-            x1, t = draw(x0, x1, t, return_noise)
-            inside_guided = True
-            try:
-                t, xt, u, *rest = guided(x0, x1, y0, y1, t, return_noise)
-            finally:
-                inside_guided = False
-            return (t, xt, target(u, t, xt, x1, y1), *rest)
+            def sample(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+                nonlocal inside
+                if inside:
+                    return plain(*args, **kwargs)
+                call = signature.bind(*args, **kwargs)
+                given = call.arguments
+                if mixing and given.get("return_noise"):
+                    raise ValueError(
+                        f"{self.name} was called with return_noise=True, but the scheme changes "
+                        "only the velocity: a network that is trained on the noise would not be "
+                        "steered. Call it without return_noise and train on the velocity."
+                    )
+                given["x1"], given["t"] = draw(given["x0"], given["x1"], given.get("t"))
+                inside = True
+                try:
+                    t, xt, u, *rest = plain(**given)
+                finally:
+                    inside = False
+                return (t, xt, target(u, t, xt, given["x1"], given.get("y1")), *rest)
 
-        detach = rebind(matcher, _PLAIN, sample)
-        if guided is None:
-            return detach
-        return chained(detach, rebind(matcher, _GUIDED, guided_sample))
+            return sample
+
+        methods = (name for name in (_PLAIN, _GUIDED) if hasattr(matcher, name))
+        return chained(*(rebind(matcher, name, wrap(getattr(matcher, name))) for name in methods))
 
 
 def _classes(matcher: Any) -> set[str]:

@@ -22,13 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, chained, rebind, watched
+from stagewise.adapters.base import Detach, Place, TargetMaker, Tell, chained, class_labels, rebind
 from stagewise.adapters.paths import LibraryPath, recognise
-from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS, STAGEWISE
 from stagewise.paths import Prediction
-from stagewise.schemes import Phases, Scheme, parts
-from stagewise.schemes.conditions import check_conditions
+from stagewise.schemes import Phases, Scheme
 
 __all__ = ["Transport"]
 
@@ -90,12 +88,9 @@ class Transport(TargetMaker):
         def make(time: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             version = x0._version
             found = plain_plan(time, x0, x1)
-            if watched():
-                # A scheme may have overwritten the noise, which the network is regressed on.
-                noise = x0 if x0._version == version else None
-                t = time if self.convention == STAGEWISE else None
-                conditions = (pair for name in given for pair in leaves_of(given[name], name))
-                tell(Seen(x1, noise, t, found[1], tuple(conditions)))
+            # A scheme may have overwritten the noise, which the network is regressed on.
+            noise = x0 if x0._version == version else None
+            tell(x1, noise, time if self.convention == STAGEWISE else None, found[1], given)
             return found
 
         return chained(
@@ -117,13 +112,7 @@ class Transport(TargetMaker):
             **kwargs: Any,
         ) -> dict[str, Any]:
             nonlocal call
-            told = dict(model_kwargs or {})
-            y = told.pop("y", None)
-            found = [
-                check_conditions(part, [y], [told], len(x1), part.with_masks(None, None, x1))
-                for part in parts(scheme)
-            ]
-            call = {"labels": next((labels for labels in found if labels is not None), None)}
+            call = {"labels": class_labels(scheme, model_kwargs, x1)}
             try:
                 terms = plain_losses(model, x1, model_kwargs, *args, **kwargs)
                 if "weight" not in call:  # a subclass made its target without the plan

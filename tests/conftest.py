@@ -337,12 +337,15 @@ class Pair:
         self.log.close()
 
 
+PRELUDE = (Path(__file__).parent / "rank_script.py").read_text()
+
+
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory):
     """`on_two_ranks(script)`: runs it in two processes of one group; gives the folder of the run.
 
-    The script finds the folder and the number of processes among its arguments. The processes are
-    those of the script before, unless that failed.
+    `rank_script.py` stands before the script. The processes are those of the script before, unless
+    that failed.
     """
     pair = None
 
@@ -350,7 +353,7 @@ def on_two_ranks(tmp_path_factory):
         nonlocal pair
         pair = pair or Pair(tmp_path_factory.mktemp("two"))
         try:
-            return pair.run(script)
+            return pair.run(PRELUDE + script)
         except BaseException:
             pair.process.kill()
             pair = None
@@ -368,13 +371,23 @@ def on_one_and_two_ranks(tmp_path_factory, on_two_ranks):
     def run(script):
         one = tmp_path_factory.mktemp("one")
         file = one / "script.py"
-        file.write_text(script)
+        file.write_text(PRELUDE + script)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(file), str(one), "1"])
             runpy.run_path(str(file))
         return one, on_two_ranks(script)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def reports_of():
+    """`reports_of(*folders)`: what `report(...)` has written there, in order of the ranks."""
+    return lambda *folders: [
+        json.loads(file.read_text())
+        for folder in folders
+        for file in sorted(folder.glob("report*.json"))
+    ]
 
 
 TINY_RUN = [

@@ -261,7 +261,7 @@ class Pair:
         self.log = (folder / "log").open("w")
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
 
-    def run(self, script, timeout=180):
+    def run(self, script, timeout=600):
         job = self.folder / str(self.number)
         self.number += 1
         job.mkdir()

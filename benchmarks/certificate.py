@@ -14,6 +14,7 @@ from stagewise import LatentBank, LinearPath, Oracle
 from stagewise.certificate import Certificate
 from stagewise.engines import Exact
 from stagewise.posterior import Posterior
+from stagewise.recipes.photos import PhotoPatches
 
 ETA, DELTA = 1e-3, 1e-6
 ASKED, BATCH, TIMED = 10_000, 500, 128
@@ -24,15 +25,10 @@ def certificate(options: Options) -> Report:
     about = f"t~U(0, 1), eta={ETA:g}, delta={DELTA:g}, timed with B={TIMED}"
     report = Report("certificate", about)
     lines = [_certified(report, "clusters", clusters(options.rows(20_000), 4096), False, options)]
-    try:
-        from stagewise.recipes.photos import PhotoPatches
-
-        data = PhotoPatches(train_size=options.rows(20_000))
-        data.setup()
-        bank = LatentBank(*data.train.tensors)
-        lines += [_certified(report, "photographs", bank, wise, options) for wise in (False, True)]
-    except ModuleNotFoundError as error:
-        report.note(f"photographs: skipped, {str(error).splitlines()[0]}")
+    data = PhotoPatches(train_size=options.rows(20_000))
+    data.setup()
+    bank = LatentBank(*data.train.tensors)
+    lines += [_certified(report, "photographs", bank, wise, options) for wise in (False, True)]
     report.table("rows touched, and what is lost", lines)
     report.target("rows touched without / with it, clusters", lines[0]["factor"], 5, most=False)
     for line in lines:

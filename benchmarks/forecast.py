@@ -11,7 +11,6 @@ docs/forecast.md. A data set without parts has no line there.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -22,8 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from schemes_plan import ARCHIVE, BATCH, LARGE, PLANS, Part, best_rate, pack, unpack, write_once
-from schemes_statistics import ABOUT, load, share, share_cell
+from schemes_plan import (
+    ARCHIVE,
+    BATCH,
+    LARGE,
+    PLANS,
+    Part,
+    best_rate,
+    options,
+    pack,
+    unpack,
+    write_once,
+)
+from schemes_statistics import load, share, share_cell
 from schemes_train import Data, data_set, held_out_loss, shuffled, steps
 from scipy.optimize import isotonic_regression
 from tables import fill, table
@@ -138,16 +148,11 @@ def mean_forecast(said: list[dict[str, Any]], *, first: float, last: float = 1.0
     return TargetForecast.mean([TargetForecast(*(one[key] for key in keys)) for one in chosen])
 
 
-def cell(value: tuple[float, float, float]) -> str:
-    middle, low, high = ("above" if math.isinf(v) else f"{v:.2f}" for v in value)
-    return f"{middle} [{low}, {high}]"
-
-
 def tables(folder: Path, records: Path) -> dict[str, str]:
     """The tables of docs/forecast.md."""
     parts = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     runs, rows, course, smooth, losses = load(records), [], [], [], []
-    for name in ABOUT:
+    for name in PLANS:
         own = [part for part in parts if part["data"] == name]
         seen = [part for part in own if "found" in part]
         larger = [part for part in own if part["scheme"] == "plain" and "loss" in part]
@@ -167,8 +172,8 @@ def tables(folder: Path, records: Path) -> dict[str, str]:
         excess = (said.factor - 1) / (measured[0] - 1) - 1
         rows.append(
             [
-                *(name, cell((said.factor, *said.interval))),
-                f"{measured[0]:.2f} (one seed)" if alone else cell(measured),
+                *(name, share_cell((said.factor, *said.interval), "above")),
+                f"{measured[0]:.2f} (one seed)" if alone else share_cell(measured, "above"),
                 *(f"{said.factor / measured[0] - 1:+.0%}", f"{excess:+.0%}"),
                 *(f"{bare.factor:.2f}", f"{said.steps:.2f}"),
                 share_cell(share(known["plain"], known["oracle, all t"], "loss")),
@@ -213,15 +218,10 @@ def _end(run: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", type=Path, default=Path("build/forecast"))
+    parser = options(__doc__, "build/forecast", PLANS)
     parser.add_argument("--records", type=Path, default=Path("build/schemes"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results are kept")
-    parser.add_argument("--data", default=",".join(ABOUT), help="which, by commas")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--report", action="store_true", help="run nothing, write what there is")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     own = arguments.docs / "forecast.jsonl"
     unpack(own, arguments.dir)
     unpack(arguments.docs / ARCHIVE, arguments.records)

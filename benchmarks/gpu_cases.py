@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from measure import first_line
 from torch import Tensor
 
 from stagewise import LatentBank, LinearPath, Mix, Oracle, Scheme
@@ -237,7 +238,3 @@ def captured(call: Callable[[], Tensor], expected: Tensor, device: torch.device)
     except RuntimeError as error:
         return first_line(error)
     return "the same bits" if torch.equal(answer, expected) else "other numbers"
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:100]

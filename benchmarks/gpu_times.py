@@ -6,7 +6,8 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from gpu_cases import Left, Rows, Sizes, asked, clock, first_line, made, name_of
+from gpu_cases import Left, Rows, Sizes, asked, clock, made, name_of
+from measure import first_line
 from peers import with_cdist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention

@@ -42,7 +42,7 @@ class Options:
 
 @dataclass
 class Row:
-    """What is timed.
+    """What is timed, and what was measured of it.
 
     Attributes:
         name: Its label.
@@ -51,6 +51,8 @@ class Row:
         queries: How many queries it answers; rows are compared by their time per query.
         note: Printed behind the numbers.
         peer: Whether it is code of others: if it fails, the benchmark has not failed.
+        milliseconds: The median over `runs`.
+        ratio: To another row.
     """
 
     name: str
@@ -59,15 +61,6 @@ class Row:
     queries: int = 1
     note: str = ""
     peer: bool = False
-
-
-@dataclass
-class Result:
-    """What was measured of a row."""
-
-    name: str
-    queries: int = 1
-    note: str = ""
     milliseconds: float | None = None
     ratio: float | None = None
     runs: int = 0
@@ -75,11 +68,11 @@ class Result:
     columns: dict[str, float] = field(default_factory=dict)
 
 
-def measure(rows: Sequence[Row], runs: int, *, base: str | None = None) -> dict[str, Result]:
-    """Runs all rows in turn, `runs` times; results by name, ratios to the row `base`."""
-    results = {row.name: Result(row.name, row.queries, row.note) for row in rows}
+def measure(rows: Sequence[Row], runs: int, *, base: str | None = None) -> dict[str, Row]:
+    """Runs all rows in turn, `runs` times; rows by name, with ratios to the row `base`."""
+    results = {row.name: row for row in rows}
     times: dict[str, list[float]] = {row.name: [] for row in rows}
-    counts = {row.name: _warm_up(row, results[row.name], runs) for row in rows}
+    counts = {row.name: _warm_up(row, runs) for row in rows}
     for turn in range(runs):
         for row in rows:
             if row.run is not None and turn < counts[row.name]:
@@ -94,7 +87,7 @@ def measure(rows: Sequence[Row], runs: int, *, base: str | None = None) -> dict[
     return results
 
 
-def _warm_up(row: Row, result: Result, runs: int) -> int:
+def _warm_up(row: Row, runs: int) -> int:
     """Judges a row; returns how often to run it, 0 if it cannot run."""
     if row.run is None:
         return 0
@@ -102,15 +95,15 @@ def _warm_up(row: Row, result: Result, runs: int) -> int:
         start = time.perf_counter()
         answer = row.run()
         seconds = time.perf_counter() - start
-        result.columns = row.judge(answer) if row.judge else {}
+        row.columns = row.judge(answer) if row.judge else {}
     except Exception as error:  # a row that fails must not take the others with it
-        result.note = f"failed: {type(error).__name__}: {_line(error)}"
-        result.failed = not row.peer
+        row.note = f"failed: {type(error).__name__}: {first_line(error)}"
+        row.failed = not row.peer
         return 0
     return runs if seconds < SLOW else min(FEW, runs)
 
 
-def ratio(results: Mapping[str, Result], name: str, base: str) -> float | None:
+def ratio(results: Mapping[str, Row], name: str, base: str) -> float | None:
     """The median of `name` over that of `base`, per query; None if one is missing."""
     times = []
     for result in (results.get(name), results.get(base)):
@@ -127,10 +120,10 @@ def row(
     try:
         return Row(name, make(), judge, **options)
     except ImportError as error:
-        return Row(name, None, note=f"skipped, {_line(error)}")
+        return Row(name, None, note=f"skipped, {first_line(error)}")
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:100]
 
 
@@ -161,7 +154,7 @@ class Report:
         self.targets.append({"text": text, "reached": reached, "wanted": wanted})
         print(f"  {text}: {_cell(reached)} (wanted {wanted})", flush=True)
 
-    def results(self, name: str, results: Mapping[str, Result]) -> None:
+    def results(self, name: str, results: Mapping[str, Row]) -> None:
         """A table of measured rows."""
         columns = dict.fromkeys(key for result in results.values() for key in result.columns)
         lines = []

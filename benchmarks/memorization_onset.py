@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 import warnings
 from functools import partial
@@ -26,7 +25,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from schemes_plan import write_once
+from schemes_plan import record, write_once
 from tables import fill, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
@@ -101,8 +100,13 @@ class HeldOutLoss(pl.Callback):
             self.losses[step] = self.of(module.net)
 
 
-def run(rows: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains once on so many patches; the guard writes to the folder."""
+def run(rows: int, seed: int) -> dict[str, Any]:
+    """Trains once on so many patches."""
+    with TemporaryDirectory() as folder:
+        return _run(rows, seed, Path(folder))
+
+
+def _run(rows: int, seed: int, folder: Path) -> dict[str, Any]:
     data = PhotoPatches(
         patch=PATCH, train_size=rows, held_out_size=2 * HELD_OUT, batch_size=1, seed=seed
     )
@@ -137,6 +141,7 @@ def run(rows: int, seed: int, folder: Path) -> dict[str, Any]:
         DataLoader(TensorDataset(others[:HELD_OUT]), BATCH),
     )
     seconds = time.process_time() - start
+    print(f"{rows} patches, seed {seed}: {seconds:.0f} s", flush=True)
     state = torch.load(folder / "before_onset.ckpt", weights_only=True)["state_dict"]
     model.load_state_dict(state)
     assert guard.best is not None
@@ -179,14 +184,13 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     folder.mkdir(parents=True, exist_ok=True)
-    for seed, rows in itertools.product(SEEDS, STEPS):
-        with TemporaryDirectory() as files:
-            made = partial(run, rows, seed, Path(files))
-            found = write_once(folder / f"{rows}-{seed}.json", made)
-        if found is not None:
-            print(f"{rows} patches, seed {seed}: {found['seconds']:.0f} s", flush=True)
-    runs = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    runs.sort(key=lambda found: (found["rows"], found["seed"]))
+    makes = {
+        folder / f"{rows}-{seed}.json": partial(run, rows, seed)
+        for rows, seed in itertools.product(STEPS, SEEDS)
+    }
+    for file, make in makes.items():
+        write_once(file, make)
+    runs = [record(file, make) for file, make in makes.items()]
     fill(Path("docs/guard.md"), {"guard": rows_of(runs)})
 
 

@@ -17,9 +17,6 @@ have a made one nearer than their fifth nearest held-out neighbour (Naeem et al.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,7 +25,7 @@ from typing import Any
 
 import schemes_plan
 import torch
-from schemes_plan import BATCH, pack, unpack, write_once
+from schemes_plan import BATCH, options, pack, record, unpack
 from schemes_train import (
     Data,
     data_set,
@@ -263,15 +260,14 @@ def ended(net: nn.Module, made: Made, plan: Plan, curve: list[dict[str, float]])
 
 def run(folder: Path, part: Part) -> dict[str, Any]:
     """Runs a part that has no file; waits if another process runs it."""
-    file = folder / part.file
-    while not file.exists():
-        result = write_once(file, lambda: train(part, Made.of(PLANS[part.plan])))
-        if result is None:
-            time.sleep(2)
-        else:
-            keys = ("end", "best", "energy", "frechet", "copies", "coverage", "seconds")
-            print(part.file, *(f"{key} {result[key]:.4f}" for key in keys), flush=True)
-    return json.loads(file.read_text())
+
+    def make() -> dict[str, Any]:
+        result = train(part, Made.of(PLANS[part.plan]))
+        keys = ("end", "best", "energy", "frechet", "copies", "coverage", "seconds")
+        print(part.file, *(f"{key} {result[key]:.4f}" for key in keys), flush=True)
+        return result
+
+    return record(folder / part.file, make)
 
 
 def parts(name: str, only: Sequence[str], lr: float, seeds: int) -> Iterator[Part]:
@@ -287,15 +283,10 @@ def parts(name: str, only: Sequence[str], lr: float, seeds: int) -> Iterator[Par
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", type=Path, default=Path("build/regularisers"))
-    parser.add_argument("--data", default=",".join(PLANS), help="which, by commas")
+    parser = options(__doc__, "build/regularisers", PLANS)
     parser.add_argument("--only", default=";".join((*OURS, *METHODS)), help="methods, by ';'")
-    parser.add_argument("--seeds", type=int, default=3, help="of plain training and of ours")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--report", action="store_true", help="run nothing, keep what there is")
     arguments = parser.parse_args()
-    folder, archive = arguments.dir, Path("docs/regularisers.jsonl")
+    folder, archive = arguments.dir, arguments.docs / "regularisers.jsonl"
     unpack(archive, folder)
     if arguments.report:
         pack(folder, archive)

@@ -22,7 +22,6 @@ seed begins with the same weights.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from functools import cache, partial
@@ -41,6 +40,7 @@ from schemes_plan import (
     SAMPLES,
     Part,
     best_rate,
+    options,
     pack,
     unpack,
     write_once,
@@ -172,22 +172,15 @@ def variance() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results are kept")
-    parser.add_argument("--report", action="store_true", help="run nothing, write what there is")
+    parser = options(__doc__, "build/schemes", PLANS)
     parser.add_argument("--why", action="store_true", help="larger batches, several draws")
     parser.add_argument("--variance", action="store_true", help="of targets, by t")
-    parser.add_argument("--data", default=",".join(PLANS), help="which, by commas")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--horizons", help="by commas (default those of the data set)")
     parser.add_argument("--only", default=";".join(NAMES), help="schemes, by ';'")
-    parser.add_argument("--threads", type=int, help="of torch, for each process")
     arguments = parser.parse_args()
     folder = arguments.dir
     unpack(arguments.docs / ARCHIVE, folder)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     if arguments.report:
         arguments.docs.mkdir(parents=True, exist_ok=True)
         pack(folder, arguments.docs / ARCHIVE)

@@ -6,10 +6,12 @@ another machine, has the results of before.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,18 @@ def best_rate(folder: Path, name: str, horizon: int) -> float | None:
     return min(lowest, key=lambda lr: math.inf if math.isnan(lowest[lr]) else lowest[lr])
 
 
+def options(about: str | None, folder: str, data: Iterable[str]) -> argparse.ArgumentParser:
+    """What every benchmark of trainings can be told."""
+    parser = argparse.ArgumentParser(description=str(about).split("\n")[0])
+    parser.add_argument("--dir", type=Path, default=Path(folder), help="of the runs, a file each")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results are kept")
+    parser.add_argument("--report", action="store_true", help="run nothing, write what there is")
+    parser.add_argument("--data", default=",".join(data), help="which, by commas")
+    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
+    return parser
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 
@@ -147,6 +161,14 @@ def write_once(target: Path, make: Callable[[], dict[str, Any]]) -> dict[str, An
         return result
     finally:
         claim.unlink()
+
+
+def record(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds; it is made first, or waited for if another process makes it."""
+    while not file.exists():
+        if write_once(file, make) is None:
+            time.sleep(2)
+    return json.loads(file.read_text())
 
 
 def unpack(archive: Path, folder: Path) -> int:

@@ -17,7 +17,6 @@ from schemes_plan import PLANS
 
 METRICS = {"loss": "held-out loss", "energy": "energy distance", "frechet": "Frechet distance"}
 AXES = {"step": "steps", "seconds": "time"}
-ABOUT = tuple(PLANS)
 DRAWS = 1000
 
 Run = dict[str, Any]
@@ -39,7 +38,7 @@ def load(folder: Path) -> dict[tuple[str, int], Runs]:
     """
     runs = finished(folder)
     found: dict[tuple[str, int], Runs] = {}
-    for name in ABOUT:
+    for name in PLANS:
         own = [run for run in runs if run["data"] == name]
         tried = rates(own, name)
         if len(tried) < 3:
@@ -50,7 +49,8 @@ def load(folder: Path) -> dict[tuple[str, int], Runs]:
             if run["lr"] == best:
                 place = found.setdefault((name, run["horizon"]), {})
                 place.setdefault(run["scheme"], []).append(run)
-    return dict(sorted(found.items(), key=lambda item: (ABOUT.index(item[0][0]), item[0][1])))
+    order = list(PLANS)
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
 
 
 def load_why(folder: Path) -> dict[str, dict[tuple[str, int], list[Run]]]:
@@ -121,8 +121,9 @@ def bootstrap(
 # -- cells of tables ------------------------------------------------------------------------------
 
 
-def share_cell(value: Interval) -> str:
-    middle, low, high = ("not" if math.isinf(v) else f"{v:.2f}" for v in value)
+def share_cell(value: Interval, beyond: str = "not") -> str:
+    """A number with its interval; `beyond` stands for infinity."""
+    middle, low, high = (beyond if math.isinf(v) else f"{v:.2f}" for v in value)
     return f"{middle} [{low}, {high}]"
 
 

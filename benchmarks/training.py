@@ -102,11 +102,7 @@ def photos(options: Options) -> Report:
     report = Report("training", "share of a step of the photos recipe")
     config = recipe("photos", f"data.train_size={options.rows(20_000)}")
     data = instantiate(config.data)
-    try:
-        data.setup()
-    except ModuleNotFoundError as error:
-        report.note(f"skipped, {str(error).splitlines()[0]}")
-        return report
+    data.setup()
     oracle = Oracle(LatentBank(*data.train.tensors))
     report.note(f"{oracle.bank!r}, batches of {data.batch_size}")
     wise, every = (ClockedScheme(oracle, target=Mix(), class_wise=on) for on in (True, False))

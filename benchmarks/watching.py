@@ -8,8 +8,6 @@ three sizes, and five steps of training in one picture.
 
 from __future__ import annotations
 
-import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from matplotlib.figure import Figure
 from PIL import Image
-from schemes_plan import write_once
+from schemes_plan import record
 
 from stagewise.callbacks import VelocityErrorMonitor, velocity_figures
 from stagewise.callbacks.drawing import counted, render
@@ -95,12 +93,7 @@ def draw(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
 def main() -> None:
     folder, images = Path("build/watching"), Path("docs/images")
     folder.mkdir(parents=True, exist_ok=True)
-    files = {size: folder / f"{size}.json" for size in SIZES}
-    for size, file in files.items():
-        while not file.exists():  # another process may be at it
-            if write_once(file, partial(train, size, folder)) is None:
-                time.sleep(2)
-    found = {size: json.loads(file.read_text()) for size, file in files.items()}
+    found = {size: record(folder / f"{size}.json", partial(train, size, folder)) for size in SIZES}
     for name, figure in draw(found).items():
         Image.fromarray(render(figure)).save(images / f"{name}.png")
         print(images / f"{name}.png")

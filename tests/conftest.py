@@ -35,54 +35,6 @@ from stagewise.stages import StageCurve
 
 DIM = 6
 
-PAIR = """
-# Two ranks that run one script after another. To import torch and lightning takes longer than most
-# scripts, so that it is done once and before the fork; the variables are those of torchrun.
-import os, runpy, sys, time, traceback
-from itertools import count
-from pathlib import Path
-
-import numpy
-import torch.distributed
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-import stagewise.callbacks
-
-folder, parent = Path(sys.argv[1]), os.getpid()
-store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
-os.environ |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
-os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-for rank in "01":
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-    if not os.fork():
-        break
-else:
-    sys.exit(any(os.wait()[1] for _ in "01"))
-rank_zero_only.rank = int(rank)
-numpy.random.seed()
-for number in count():
-    job = folder / str(number)
-    while not (job / "script.py").exists():
-        if (folder / "stop").exists() or os.getppid() != parent:
-            # Left to the interpreter's exit, gloo's threads now and then abort the process.
-            if torch.distributed.is_initialized() and os.getppid() == parent:
-                torch.distributed.barrier()
-                torch.distributed.destroy_process_group()
-            sys.stdout.flush()
-            os._exit(0)
-        time.sleep(0.02)
-    sys.argv = [str(job / "script.py"), str(job), "2"]
-    said = ""
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except BaseException:
-        said = traceback.format_exc()
-    (job / f"said{rank}.part").write_text(said)
-    (job / f"said{rank}.part").rename(job / f".said{rank}")
-"""
-
-
 SKIPPED = "stagewise/skipped"
 
 
@@ -304,13 +256,12 @@ class Pair:
 
     def __init__(self, folder):
         self.folder, self.number = folder, 0
-        (folder / "pair.py").write_text(PAIR)
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, folder / "pair.py", folder]
+        command = [sys.executable, Path(__file__).with_name("rank_pair.py"), folder]
         self.log = (folder / "log").open("w")
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
 
-    def run(self, script, timeout=180):
+    def run(self, script, timeout=600):
         job = self.folder / str(self.number)
         self.number += 1
         job.mkdir()
@@ -337,12 +288,15 @@ class Pair:
         self.log.close()
 
 
+PRELUDE = (Path(__file__).parent / "rank_script.py").read_text()
+
+
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory):
     """`on_two_ranks(script)`: runs it in two processes of one group; gives the folder of the run.
 
-    The script finds the folder and the number of processes among its arguments. The processes are
-    those of the script before, unless that failed.
+    `rank_script.py` stands before the script. The processes are those of the script before, unless
+    that failed.
     """
     pair = None
 
@@ -350,7 +304,7 @@ def on_two_ranks(tmp_path_factory):
         nonlocal pair
         pair = pair or Pair(tmp_path_factory.mktemp("two"))
         try:
-            return pair.run(script)
+            return pair.run(PRELUDE + script)
         except BaseException:
             pair.process.kill()
             pair = None
@@ -368,13 +322,23 @@ def on_one_and_two_ranks(tmp_path_factory, on_two_ranks):
     def run(script):
         one = tmp_path_factory.mktemp("one")
         file = one / "script.py"
-        file.write_text(script)
+        file.write_text(PRELUDE + script)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(file), str(one), "1"])
             runpy.run_path(str(file))
         return one, on_two_ranks(script)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def reports_of():
+    """`reports_of(*folders)`: what `report(...)` has written there, in order of the ranks."""
+    return lambda *folders: [
+        json.loads(file.read_text())
+        for folder in folders
+        for file in sorted(folder.glob("report*.json"))
+    ]
 
 
 TINY_RUN = [

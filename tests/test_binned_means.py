@@ -1,11 +1,10 @@
-"""Means by bins of t: against numpy, over ranks' sums, resumed, and without a device sync."""
+"""Means by bins of t: against numpy, over ranks' sums, and resumed."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stagewise.binned_sums import BinnedSums
 from stagewise.velocity_probe import standard_scores
@@ -116,34 +115,6 @@ def test_ranks_are_added_up_as_one_tensor():
 def test_bad_input(edges, keys, match):
     with pytest.raises(ValueError, match=match):
         BinnedSums.empty(edges, keys)
-
-
-class Syncs(TorchDispatchMode):
-    """Counts what waits for the device: reads of a value, and copies to the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-            torch.ops.aten.masked_select.default,
-        ):
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_an_update_waits_for_nothing():
-    t, values = samples()
-    means = BinnedSums.empty(EDGES, "ab")
-    with Syncs() as syncs:
-        means.update(t, values)
-    assert syncs.names == []
-    with syncs:
-        float(means.count.sum())
-    assert syncs.names  # the counter counts
 
 
 def test_standard_scores_have_the_tail_of_a_normal_deviate():

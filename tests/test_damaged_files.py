@@ -434,18 +434,25 @@ def test_no_reader_runs_code(tmp_path, monkeypatch):
     cases[tmp_path / "x.bank"] = lambda: LatentBank.open(tmp_path / "x.bank")
     cases[tmp_path / "c"] = lambda: Certificate.load(tmp_path / "c", bank)
     cases[tmp_path / "s"] = lambda: Smoothing.cached(tmp_path / "s", bank, 2)
-    writers = (
-        lambda path: path.write_bytes(bomb),
-        lambda path: torch.save({"mean": Code(), "std": 1, "latents": X, "x": Code()}, path),
-        lambda path: np.save(path.open("wb"), objects, allow_pickle=True),
-        lambda path: np.savez(path.open("wb"), latents=X, moments=objects, labels=objects),
+    arrays, tensors = "no whole .npy file of numbers", "cannot be read as a file of tensors"
+    held = {"mean": Code(), "std": 1, "latents": X, "x": Code()}
+    writers = (  # the endings that they fit, with what is said of those
+        ((), "", lambda path: path.write_bytes(bomb)),
+        ((".pt", ".pth"), tensors, lambda path: torch.save(held, path)),
+        ((".npy",), arrays, lambda path: np.save(path.open("wb"), objects, allow_pickle=True)),
+        (
+            (".npz",),
+            arrays,
+            lambda path: np.savez(path.open("wb"), latents=objects, moments=objects),
+        ),
     )
     for path, read in cases.items():
         before = path.read_bytes() if path.exists() else None
-        for write in writers:
+        for endings, said, write in writers:
             write(path)
-            with pytest.raises(ValueError, match=re.escape(path.name)):
+            with pytest.raises(ValueError, match=re.escape(path.name)) as error:
                 read()
+            assert path.suffix not in endings or said in str(error.value)
             assert not (tmp_path / "ran").exists(), path
         if before is not None:
             path.write_bytes(before)

@@ -1,7 +1,5 @@
 """What a training step does with x_1 before it trains on it: found, written down, repeated."""
 
-import json
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -245,18 +243,8 @@ def test_a_row_that_the_encoder_made_in_another_batch_is_that_row(fit, options, 
 
 
 SCRIPT = """
-import json, os, sys
-from pathlib import Path
-
-import lightning.pytorch as pl
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-
 from stagewise import StageTarget
 from stagewise.callbacks import PosteriorMonitor
-
-out, devices = Path(sys.argv[1]), int(sys.argv[2])
-x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Encodes(pl.LightningModule):
@@ -278,22 +266,14 @@ class Encodes(pl.LightningModule):
 
 
 monitor = PosteriorMonitor(strata=4, queries=8)
-trainer = pl.Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=2,
-    callbacks=[monitor], logger=False, default_root_dir=out, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False,
-)
-trainer.fit(Encodes(), DataLoader(TensorDataset(x), 8, shuffle=True))
-found = {"bank": monitor.kept["bank"], "midpoint": monitor.history[0]["midpoint"]}
-(out / f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+make_trainer(monitor, max_steps=2).fit(Encodes(), loader(samples(64), shuffle=True))
+report({"bank": monitor.kept["bank"], "midpoint": monitor.history[0]["midpoint"]})
 """
 
 
 @pytest.mark.slow
-def test_on_two_ranks_the_same_bank_is_read(on_one_and_two_ranks):
-    one, two = on_one_and_two_ranks(SCRIPT)
-    found = [json.loads((one / "rank0.json").read_text())]
-    found += [json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def test_on_two_ranks_the_same_bank_is_read(on_one_and_two_ranks, reports_of):
+    found = reports_of(*on_one_and_two_ranks(SCRIPT))
     assert len({each["bank"] for each in found}) == 1
     assert found[1] == found[2]
     assert found[0]["midpoint"] == pytest.approx(found[1]["midpoint"])

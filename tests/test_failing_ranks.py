@@ -10,37 +10,15 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import json, os, sys, time
+import time
 from datetime import timedelta
-from pathlib import Path
 
-import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise.callbacks import (
     MemorizationMonitor, PosteriorMonitor, StageTransitions, VelocityErrorMonitor
 )
-from stagewise.callbacks import posterior_monitor, writer
-from stagewise.losses import FlowMatchingLoss
-
-out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-data = TensorDataset(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))
-
-
-class Flow(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net, self.loss = torch.nn.Linear(7, 6), FlowMatchingLoss()
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
+from stagewise.callbacks import posterior_monitor
 
 
 class Fails:
@@ -56,18 +34,15 @@ class Fails:
 
 
 def fit(fails, *callbacks):
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, max_steps=8, default_root_dir=out,
-        # A rank that waits gives up in the end, and says something else.
-        strategy=DDPStrategy(timeout=timedelta(seconds=60)), callbacks=list(callbacks),
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+    # A rank that waits gives up in the end, and says something else.
+    trainer = make_trainer(
+        *callbacks, strategy=DDPStrategy(timeout=timedelta(seconds=60)), max_steps=8
     )
     if fails is not None:
         fails.trainer = trainer
     start = time.perf_counter()
     try:
-        trainer.fit(Flow(), DataLoader(data, 4))
+        trainer.fit(Flow(0.1), loader(samples(40), 4))
         raised = "nothing"
     except Exception as error:
         raised = f"{type(error).__name__}: {error}"
@@ -79,8 +54,7 @@ def velocity(module, xt, t, labels):
     return module.net(torch.cat([xt, t[:, None]], 1))
 
 
-# Drawing would take most of the time; put back, because other scripts run in these processes.
-render, writer.render = writer.render, lambda _: np.zeros((2, 3, 3), dtype=np.uint8)
+undrawn.start()
 small = {"every_n_steps": 4}
 few = small | {"strata": 4, "queries": 4}
 found = {}
@@ -119,16 +93,15 @@ for name, monitor in (
 for kind in (VelocityErrorMonitor, MemorizationMonitor, PosteriorMonitor):
     found[f"{kind.__name__} folder"] = fit(None, kind(dirpath=out / "file" / "folder"))
 
-writer.render = render
-(out / f"report{rank}.json").write_text(json.dumps(found))
+undrawn.stop()
+report(found)
 """
 
 
 @pytest.fixture(scope="module")
-def reports(on_two_ranks):
+def reports(on_two_ranks, reports_of):
     """What each of the two ranks met."""
-    folder = on_two_ranks(SCRIPT)
-    return [json.loads((folder / f"report{rank}.json").read_text()) for rank in (0, 1)]
+    return reports_of(on_two_ranks(SCRIPT))
 
 
 NAMES = {

@@ -25,6 +25,7 @@ import stagewise.losses
 from stagewise import CosinePath, EDMPath, LinearPath, VPPath, copies, nearest_rows, products
 from stagewise.adapters import one_target_maker
 from stagewise.bank import row_classes
+from stagewise.binned_sums import BinnedSums
 from stagewise.callbacks import (
     MemorizationMonitor,
     PosteriorMonitor,
@@ -495,6 +496,13 @@ def test_what_is_wrong_on_a_device_is_told_by_the_next_call(bank, monkeypatch):
         bank.report(known)
     bank.report(known)
     bank._unknown.clear()
+
+
+def test_sums_by_bins_wait_for_nothing():
+    sums = BinnedSums.empty([0.0, 0.1, 0.6, 1.0], "ab")
+    with HostSyncs(OURS).counting() as syncs:
+        sums.update(torch.rand(500), torch.randn(2, 500))
+    assert syncs.places == []
 
 
 @pytest.mark.parametrize("samples", [8, 300])

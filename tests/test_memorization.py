@@ -285,57 +285,23 @@ def test_copies_rise_where_the_data_are_few(make_trainer, make_loader):
 
 
 SCRIPT = """
-import json, os, sys
-from pathlib import Path
-
-import lightning.pytorch as pl
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-
 from stagewise.callbacks import MemorizationMonitor
-from stagewise.losses import FlowMatchingLoss
-
-out, devices = Path(sys.argv[1]), int(sys.argv[2])
-rank = int(os.environ.get("RANK", 0))
-data = TensorDataset(torch.randn(97, 6, generator=torch.Generator().manual_seed(0)))
-
-
-class Flow(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net, self.loss = torch.nn.Linear(7, 6), FlowMatchingLoss()
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.0)
-
 
 monitor = MemorizationMonitor(
     every_n_steps=2, samples=9, t_switch=(0, 0.9), t_resume=(0.9,), steps=10,
-    held_out=torch.randn(7, 6, generator=torch.Generator().manual_seed(2)),
-    dirpath=out / f"rank{rank}",
+    held_out=samples(7, seed=2), dirpath=out / f"rank{rank}",
 )
-trainer = pl.Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
-    callbacks=[monitor], logger=False, max_steps=2, default_root_dir=out,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-)
-trainer.fit(Flow(), DataLoader(data, 8))
-(out / f"report{rank}.json").write_text(json.dumps(monitor.history))
+make_trainer(monitor, max_steps=2).fit(Flow(), loader(samples(97)))
+report(monitor.history)
 """
 
 
 @pytest.mark.slow
-def test_ranks_share_the_samples_and_know_the_same(on_one_and_two_ranks):
+def test_ranks_share_the_samples_and_know_the_same(on_one_and_two_ranks, reports_of):
     one, two = on_one_and_two_ranks(SCRIPT)
-    expected = json.loads((one / "report0.json").read_text())
+    expected, *found = reports_of(one, two)
     assert len(expected) == 2
-    for rank in (0, 1):
-        found = json.loads((two / f"report{rank}.json").read_text())
-        assert plain(found) == plain(expected)
+    assert [*map(plain, found)] == [plain(expected)] * 2
     assert not (two / "rank1").exists()
 
 

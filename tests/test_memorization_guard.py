@@ -347,54 +347,21 @@ def test_the_gap_opens_where_both_errors_part_and_nowhere_else():
 
 
 SCRIPT = """
-import json, os, sys
-from pathlib import Path
-
-import lightning.pytorch as pl
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-
 from stagewise.callbacks import MemorizationGuard
-from stagewise.losses import FlowMatchingLoss
-
-out, devices = Path(sys.argv[1]), int(sys.argv[2])
-rank = int(os.environ.get("RANK", 0))
-x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-
-
-class Flow(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net, self.loss = torch.nn.Linear(7, 6), FlowMatchingLoss()
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.0)
-
 
 guard = MemorizationGuard(
     every_n_steps=5, samples=9, queries=5, figures=0, dirpath=out / "guard",
-    held_out=torch.randn(7, 6, generator=torch.Generator().manual_seed(2)),
+    held_out=samples(7, seed=2),
 )
-trainer = pl.Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
-    callbacks=[guard], logger=False, max_steps=10, default_root_dir=out,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-)
-trainer.fit(Flow(), DataLoader(TensorDataset(x), 8))
-found = [guard.history, guard.watch.lowest[1].tolist()]
-(out / f"report{rank}.json").write_text(json.dumps(found))
+make_trainer(guard, max_steps=10).fit(Flow(), loader(samples(40)))
+report([guard.history, guard.watch.lowest[1].tolist()])
 """
 
 
 @pytest.mark.slow
-def test_ranks_know_the_same_and_keep_one_file(on_one_and_two_ranks):
+def test_ranks_know_the_same_and_keep_one_file(on_one_and_two_ranks, reports_of):
     one, two = on_one_and_two_ranks(SCRIPT)
-    expected = json.loads((one / "report0.json").read_text())
-    reports = [json.loads((two / f"report{rank}.json").read_text()) for rank in (0, 1)]
+    expected, *reports = reports_of(one, two)
     assert reports[0] == reports[1]
     for name in ("held_out_loss", "train", "held_out"):
         found, alone = ([e[name] for e in probes] for probes in (reports[0][0], expected[0]))

@@ -11,38 +11,14 @@ pytestmark = pytest.mark.slow
 
 COSTS = ("probe_seconds", "share_of_step_time")
 
-# Run once here and once by torchrun, which finds a free port itself.
 SCRIPT = """
-import json, os, sys
-from pathlib import Path
-
-import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torch.utils.data import SubsetRandomSampler
 
-from stagewise.callbacks import PosteriorMonitor, writer
+from stagewise.callbacks import PosteriorMonitor
 from stagewise.callbacks.host import Host
-from stagewise.losses import FlowMatchingLoss
 
-out, devices = Path(sys.argv[1]), int(sys.argv[2])
-rank = int(os.environ.get("RANK", 0))
-draws = torch.Generator().manual_seed(0)
-data = TensorDataset(torch.randn(101, 6, generator=draws), torch.arange(101) % 3)
-
-
-class Flow(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1 + rank)  # DDP begins with the weights of rank 0
-        self.net, self.loss = torch.nn.Linear(7, 6), FlowMatchingLoss()
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 1e-2)
+data = TensorDataset(samples(101), torch.arange(101) % 3)
 
 
 class Listen(pl.Callback):
@@ -68,39 +44,29 @@ class Listen(pl.Callback):
 
 def fit(*callbacks, logger=False, **options):
     pl.seed_everything(9 + rank, verbose=False)
-    model = Flow()
-    loader = DataLoader(data, 8, **({"shuffle": True} | options))
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=devices, log_every_n_steps=1,
-        strategy="ddp" if devices > 1 else "auto",
-        callbacks=list(callbacks), logger=logger, max_steps=5, default_root_dir=out,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )
+    model = Flow(1e-2, seed=1 + rank)  # DDP begins with the weights of rank 0
+    trainer = make_trainer(*callbacks, logger=logger, max_steps=5, log_every_n_steps=1)
     assert trainer.world_size == devices
-    trainer.fit(model, loader)
-    return [p.detach().flatten().tolist() for p in model.parameters()]
+    trainer.fit(model, DataLoader(data, 8, **({"shuffle": True} | options)))
+    return weights(model)
 
 
-# Drawing would take most of the time; put back, because one of the runs is in the tests' process.
-render, writer.render = writer.render, lambda _: np.zeros((2, 3, 3), dtype=np.uint8)
 small = {"every_n_steps": 2, "strata": 4, "queries": 5}
 monitor = PosteriorMonitor(**small, dirpath=out / f"rank{rank}")
 # Files of this one go where the logger's do, a folder that rank 0 chooses.
 beside = PosteriorMonitor(every_n_steps=4, strata=4, queries=4, class_wise=False, name="beside")
 listen = Listen()
-plain = fit(Listen())
-watched = fit(listen, monitor, beside, logger=CSVLogger(out, "csv"))
-
 part = PosteriorMonitor(every_n_steps=100, strata=4, queries=2, dirpath=out / f"part{rank}")
 rows = []
 part.on_train_end = lambda *_: rows.append(len(part.oracle.bank))
-fit(part, shuffle=False, sampler=SubsetRandomSampler(range(0, 80, 2)))
-writer.render = render
-
-(out / f"report{rank}.json").write_text(json.dumps({
+with undrawn:
+    plain = fit(Listen())
+    watched = fit(listen, monitor, beside, logger=CSVLogger(out, "csv"))
+    fit(part, shuffle=False, sampler=SubsetRandomSampler(range(0, 80, 2)))
+report({
     "plain": plain, "watched": watched, "history": monitor.history, "beside": beside.history,
     "shapes": listen.shapes, "computed": listen.computed, "part": rows[0],
-}))
+})
 """
 
 
@@ -111,11 +77,9 @@ def folders(on_one_and_two_ranks):
 
 
 @pytest.fixture(scope="module")
-def reports(folders):
+def reports(folders, reports_of):
     """What the one process reported, then rank 0 and rank 1 of the two."""
-    one, two = folders
-    paths = (one / "report0.json", two / "report0.json", two / "report1.json")
-    return [json.loads(path.read_text()) for path in paths]
+    return reports_of(*folders)
 
 
 def test_the_curve_is_that_of_one_process(folders, read_stages):

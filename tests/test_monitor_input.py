@@ -352,12 +352,6 @@ def test_not_finite_is_not_taken_for_augmentation(make_trainer, tiny_flow):
     assert said(run) == []
 
 
-def test_weighted_sampling_is_named(make_trainer, tiny_flow):
-    sampler = WeightedRandomSampler(torch.rand(64) + 0.1, 64)
-    (message,) = said(lambda: make_trainer(small()).fit(tiny_flow(), loader(X, sampler=sampler)))
-    assert "draws its samples with weights" in message
-
-
 def test_given_classes_that_training_does_not_use_are_named(make_trainer, tiny_flow):
     # The batch has no labels, so training is unconditional and the class-wise curve is not its.
     bank = LatentBank(X, LABELS)

@@ -317,22 +317,3 @@ def test_labels_in_some_batches_only_are_named(make_trainer, tiny_flow):
     make_trainer(take, max_steps=1).fit(tiny_flow(), data)
     assert take.bank.classes == []
     assert len(take.bank) == 64
-
-
-# -- a loader that is replaced ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-@pytest.mark.parametrize("classes", [False, True])
-def test_a_loader_that_is_replaced_is_told(replaced, classes, make_trainer, tiny_flow, recwarn):
-    class Data(pl.LightningDataModule):
-        def train_dataloader(self):
-            x = X + 1 if replaced and self.trainer.current_epoch else X
-            return DataLoader(TensorDataset(x, LABELS) if classes else TensorDataset(x), 8)
-
-    monitor = PosteriorMonitor(strata=4, queries=4, figures=0)
-    run = make_trainer(monitor, max_steps=-1, max_epochs=2, reload_dataloaders_every_n_epochs=1)
-    run.fit(tiny_flow(), datamodule=Data())
-    said = [str(warning.message) for warning in recwarn]
-    told = "The training loader was replaced in epoch 1, and its samples are not rows of the bank"
-    assert any(told in text for text in said) == replaced

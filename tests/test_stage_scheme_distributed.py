@@ -7,58 +7,41 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import json, os, sys
-from pathlib import Path
-
-import lightning.pytorch as pl
-import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import LatentBank, LogitNormal, Oracle
+from stagewise import LatentBank, Oracle
 from stagewise.callbacks import StageScheme
-from stagewise.losses import FlowMatchingLoss
 from stagewise.schemes import Phase, Phases, Scheme
 from stagewise.targets import Mix, ReferenceSet
 from stagewise.timesteps import LossSecondMoment
-from stagewise.transitions import AtPlateau, AtStep
+from stagewise.transitions import AtPlateau
 
-out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-draws = torch.Generator().manual_seed(0)
-rows = torch.randn(96, 6, generator=draws)
+rows = samples(96)
 
 
-class Flow(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net, self.loss = torch.nn.Linear(7, 6), FlowMatchingLoss()
-        self.means = []
+class Uneven(Flow):
+    means = None
 
     def training_step(self, batch, batch_idx):
         # Ranks differ in what they draw, and now and then in how much.
         x1 = batch[0][: 8 - (rank == 1 and batch_idx == 3)]
-        loss = self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), x1)
+        loss = super().training_step([x1], batch_idx)
         self.means.append(float(self.loss.last.loss.mean()))
         return loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 def fit(callback, name, steps=30):
     pl.seed_everything(9 + rank, verbose=False)
-    model = Flow()
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", log_every_n_steps=3, callbacks=[callback],
-        logger=CSVLogger(out, name), max_steps=steps, max_epochs=-1, default_root_dir=out,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    model = Uneven(0.1)
+    model.means = []
+    trainer = make_trainer(
+        callback, logger=CSVLogger(out, name), log_every_n_steps=3, max_steps=steps, max_epochs=-1
     )
-    trainer.fit(model, DataLoader(TensorDataset(rows), 8, shuffle=True))
+    trainer.fit(model, loader(rows, shuffle=True))
     return {
         "transitions": callback.transitions,
         "boundary": callback.scheme.boundary,
-        "weights": [p.detach().flatten().tolist() for p in model.parameters()],
+        "weights": weights(model),
         "means": model.means,
     }
 
@@ -68,12 +51,12 @@ plateau = Phases([
     Phase(Scheme(oracle, target=Mix("boundary")), AtPlateau(1, window=4, patience=2)),
     Phase(Scheme(oracle, target=ReferenceSet(8))),
 ])
-report = {"plateau": fit(StageScheme(plateau), "plateau")}
+found = {"plateau": fit(StageScheme(plateau), "plateau")}
 sampler = LossSecondMoment(bins=4, history=4)
-report["adapting"] = fit(StageScheme(timesteps=sampler), "adapting", steps=12)
-report["shares"] = sampler.shares().tolist()
-report["losses"] = int(sampler.state_dict()["count"].sum())
-(out / f"report{rank}.json").write_text(json.dumps(report))
+found["adapting"] = fit(StageScheme(timesteps=sampler), "adapting", steps=12)
+found["shares"] = sampler.shares().tolist()
+found["losses"] = int(sampler.state_dict()["count"].sum())
+report(found)
 """
 
 
@@ -83,8 +66,8 @@ def folder(on_two_ranks):
 
 
 @pytest.fixture(scope="module")
-def reports(folder):
-    return [json.loads((folder / f"report{rank}.json").read_text()) for rank in (0, 1)]
+def reports(folder, reports_of):
+    return reports_of(folder)
 
 
 def test_ranks_change_phase_at_the_same_step(reports):

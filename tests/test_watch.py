@@ -605,22 +605,18 @@ def test_it_needs_no_lightning(tmp_path):
 
 
 RANKS = """
-import json, sys
-from pathlib import Path
-import numpy as np
-import torch, torch.distributed as dist
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from stagewise import Watch
-from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor, writer
-from stagewise.losses import FlowMatchingLoss
+from torch.utils.data import DistributedSampler
 
-out, many = Path(sys.argv[1]), int(sys.argv[2]) > 1
+from stagewise import Watch
+from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor
+
+many = devices > 1
 if many and not dist.is_initialized():
     dist.init_process_group("gloo")
-rank = dist.get_rank() if many else 0
-x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+x = samples(64)[:, :4]
 
 class Net(nn.Module):
     def __init__(self):
@@ -632,15 +628,15 @@ class Net(nn.Module):
 
 def train(*callbacks):
     torch.manual_seed(3)
-    model, loss, data = Net(), FlowMatchingLoss(), TensorDataset(x)
+    model, loss = Net(), FlowMatchingLoss()
     model = DistributedDataParallel(model) if many else model
-    loader = DataLoader(data, 8, sampler=DistributedSampler(data) if many else None)
+    data = loader(x, sampler=DistributedSampler(x) if many else None)
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     torch.manual_seed(7 + rank)
     lines = []
     log = lambda values, step: lines.append(step)
-    watch = Watch(model, loader, *callbacks, target=loss, steps=4, log=log, dirpath=out)
-    for step, batch in zip(range(4), loader):
+    watch = Watch(model, data, *callbacks, target=loss, steps=4, log=log, dirpath=out)
+    for step, batch in zip(range(4), data):
         if callbacks:
             watch.step(step, batch)
         optimizer.zero_grad()
@@ -649,25 +645,20 @@ def train(*callbacks):
     watch.close()
     return model, bool(lines)
 
-# Drawing would take most of the time; put back, because one of the runs is in the tests' process.
-render, writer.render = writer.render, lambda _: np.zeros((2, 3, 3), dtype=np.uint8)
 options = {"strata": 4, "queries": 4, "every_n_steps": 2}
 posterior, error = PosteriorMonitor(**options), VelocityErrorMonitor(**options)
-(plain, _), (watched, logs) = train(), train(posterior, error)
-writer.render = render
+with undrawn:
+    (plain, _), (watched, logs) = train(), train(posterior, error)
 states = zip(plain.state_dict().values(), watched.state_dict().values())
 same = [torch.equal(*pair) for pair in states]
 found = repr(posterior.history), repr(error.events)
-said = {"same": all(same), "logs": logs, "found": found, "probes": len(error.history)}
-(out / f"rank{rank}.json").write_text(json.dumps(said))
+report({"same": all(same), "logs": logs, "found": found, "probes": len(error.history)})
 """
 
 
 @pytest.fixture(scope="module")
-def ranks(on_one_and_two_ranks):
-    one, two = on_one_and_two_ranks(RANKS)
-    files = (one / "rank0.json", two / "rank0.json", two / "rank1.json")
-    return [json.loads(file.read_text()) for file in files]
+def ranks(on_one_and_two_ranks, reports_of):
+    return reports_of(*on_one_and_two_ranks(RANKS))
 
 
 @pytest.mark.slow

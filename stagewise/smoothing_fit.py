@@ -177,16 +177,8 @@ def cross_validated(
     """The scores of all settings, that of the rows as they are first.
 
     The oracle is class-wise if the bank has classes. At most 1000 rows are asked about, and about
-    2000 samples made in each of five folds.
-
-    Args:
-        bank: The rows.
-        boundary: c, the time from which on rows are smoothed, in [0, 1).
-        neighbours: Each K; those are left out of which a fold has too few rows.
-        scales: Each g, ascending.
-        class_wise: Whether neighbours are of the row's own class.
-        seed: Of folds, rows, times and noise.
-        progress: Whether to show a bar.
+    2000 samples made in each of five folds. `scales` ascend; a K for which a fold has too few rows
+    is left out.
 
     Returns:
         One for the rows, and for each K one for each g and, with its loss, the largest scale that

@@ -38,18 +38,7 @@ Strength: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 def search_space(bank: LatentBank, features: Tensor | None, class_wise: bool) -> LatentBank:
-    """The bank in which neighbours are searched: `bank`, or one of features with its labels.
-
-    Args:
-        bank: The rows.
-        features: (N, F) numbers, in the order of the samples that the bank was made from; or None.
-        class_wise: Whether neighbours are of the same class only.
-
-    Raises:
-        ValueError: If features have another length or NaN or Inf, the bank has masks, or
-            `class_wise` is given for a bank without labels.
-        TypeError: If the features are no tensor.
-    """
+    """The bank in which neighbours are searched: `bank`, or one of features with its labels."""
     bank.require_unmasked(
         "Smoothing", "Train without it: Scheme(oracle, target=Mix()), StageScheme(target=Mix())."
     )
@@ -79,14 +68,9 @@ def search_space(bank: LatentBank, features: Tensor | None, class_wise: bool) ->
 
 
 def time_of(boundary: float | StageBoundary, call: str) -> float:
-    """The time t from which on rows are smoothed. NaN, a boundary never reached, means nowhere.
+    """The time t from which on rows are smoothed; NaN, a boundary never reached, means nowhere.
 
-    Args:
-        boundary: The time, or a measured `StageBoundary`, which stands for its `collapsed`.
-        call: The line to paste of the error.
-
-    Raises:
-        ValueError: If the time is not in [0, 1].
+    `call` is the line to paste of the error if it is not in [0, 1].
     """
     edge = boundary.collapsed if isinstance(boundary, StageBoundary) else boundary
     if not isinstance(edge, float | int) or edge < 0 or edge > 1:
@@ -102,15 +86,7 @@ def strength_at(
 ) -> Tensor | None:
     """The strength of the smoothing at each sample's time, in [0, 1], (B,); None: 1 for all.
 
-    Args:
-        x1: Samples, (B, *).
-        t: Times of the samples, (B,), or as in `Oracle.posterior`.
-        boundary: The strength is 0 before this time, and 1 from it on; see `time_of`.
-        strength: A function of t in place of a boundary.
-
-    Raises:
-        ValueError: If a boundary or a strength comes without times, both are given, or a number is
-            out of range.
+    Arguments and errors are those of `Smoothing.draw`.
     """
     if boundary is None and strength is None:
         return None
@@ -151,10 +127,7 @@ def strength_at(
 def check_settings(
     bank: LatentBank, neighbours: int, scale: float, floor: float
 ) -> tuple[int, float, float]:
-    """The numbers, also of numpy's and torch's types, as Python's.
-
-    Raises if `bank` is no bank of fixed rows, or a number is out of range.
-    """
+    """The settings of `Smoothing`, checked; numbers of numpy's and torch's types as Python's."""
     if not isinstance(bank, LatentBank):
         raise TypeError(
             f"Expected a LatentBank to smooth, got {type(bank).__name__}. Of samples make "

@@ -142,12 +142,9 @@ class Probe:
         add: Callable[[Tensor, Tensor], None],
         device: torch.device,
     ) -> None:
-        """Measures the model at the queries of this rank.
+        """Gives `add` the times, (B,), and errors, (K, B) as `PROBED`, of the queries of this rank.
 
-        Args:
-            velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
-            add: Receives times, (B,), and values, (K, B), in the order of `PROBED`.
-            device: The model's.
+        `velocity` is that of the model, on `device`, from `x_t`, t and labels.
         """
         for part in torch.arange(len(self.t)).split(_BATCH):
             labels = None if self.labels is None else self.labels[part].to(device)
@@ -245,12 +242,7 @@ def largest(values: Sequence[float]) -> float:
 
 
 def spent(sums: BinnedSums, stages: Tensor) -> dict[str, dict[str, float]]:
-    """Shares of draws, loss and gradient norm of each stage.
-
-    Args:
-        sums: Over the keys "loss" and "gradient".
-        stages: Edges of the stages, (4,).
-    """
+    """Shares of draws, "loss" and "gradient" of each stage; edges of the `stages`, (4,)."""
     wide = sums.merged(stages)
     totals = {"draws": wide.count, "loss": wide.total[0], "gradient": wide.total[1]}
     shares = {key: (value / value.sum()).tolist() for key, value in totals.items()}

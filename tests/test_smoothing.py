@@ -668,11 +668,3 @@ def test_oracles_that_are_refused(smoothing):
         smoothing.check(fits)
     with pytest.raises(ValueError, match="Use Mix, or the plain Oracle"):
         Scheme(oracle, target=ReferenceSet(4), boundary=0.5).check()
-
-
-def test_a_pickle_of_before_draws():
-    smoothing = Smoothing(LatentBank(torch.randn(40, 5)), progress=False)
-    state = {key: value for key, value in vars(smoothing).items() if key != "_all_have_k"}
-    old = object.__new__(Smoothing)
-    old.__setstate__(state)
-    assert old._all_have_k is smoothing._all_have_k

@@ -21,7 +21,7 @@ from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path
 from stagewise.masks import cut
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
-from stagewise.queries import Labels, Times, as_times, check_times, require_tensors
+from stagewise.queries import Labels, Times, as_times, check_times, require_like, require_tensors
 from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct, runs_kernel
 from stagewise.schemes.first_call import check_first
@@ -234,10 +234,7 @@ class Scheme(SchemeState):
             TypeError: If they are not tensors.
         """
         require_tensors(y=y, xt=xt, x1=x1)
-        if y.shape != x1.shape:
-            raise ValueError(
-                f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
-            )
+        require_like("y", y, "x1", x1)
         if self.paused:
             return y, torch.ones_like(as_times(t, x1), dtype=torch.float32)
         prediction = Prediction.of(prediction or self.convention.prediction)
@@ -324,10 +321,7 @@ class Scheme(SchemeState):
     ) -> tuple[Tensor, Correction]:
         """The times, (B,), and what is added to a target, both in the library's convention."""
         self._check_once()
-        if x1.shape != xt.shape:
-            raise ValueError(
-                f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
-            )
+        require_like("x1", x1, "xt", xt)
         time = as_times(t, xt)
         labels = known.get("labels")
         if time.shape == xt.shape[:1]:
@@ -386,5 +380,5 @@ class Scheme(SchemeState):
             around = self._around
             self.target.check(self.oracle if around is None else around)
         if self.preserve_objective:
-            check_density(self.timesteps, None if self.weight is None else self._bound_weight())
+            check_density(self.timesteps, self._bound_weight())
         self._checked = True

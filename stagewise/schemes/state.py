@@ -26,7 +26,7 @@ from stagewise.stages import StageBoundary, StageCurve, require_whole_bank
 from stagewise.targets import Target
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.tracing import caller_level, untraced
-from stagewise.weights import Weight
+from stagewise.weights import Weight, weights_at
 
 __all__ = ["SchemeRecord", "SchemeState", "Shared"]
 
@@ -252,19 +252,14 @@ class SchemeState(Shared):
     @torch.no_grad()
     def _weight(self, t: Tensor) -> Tensor:
         self._check_once()
-        weight = torch.ones_like(t) if self.weight is None else self._bound_weight()(t)
-        if weight.shape != t.shape:
-            raise ValueError(
-                f"Expected `weight(t)` with shape {tuple(t.shape)}, got {tuple(weight.shape)}."
-            )
+        weight = weights_at(self._bound_weight(), t)
         if self.preserve_objective:
             kept = self.timesteps.importance_weight(t) * weight
             # Times without weight need no draws.
             weight = torch.where(weight > 0, kept, weight)
         return weight.to(t.dtype)
 
-    def _bound_weight(self) -> Callable[[Tensor], Tensor]:
-        assert self.weight is not None
+    def _bound_weight(self) -> Callable[[Tensor], Tensor] | None:
         if not isinstance(self.weight, Weight):
             return self.weight
         if self.weight.needs_boundary:

@@ -108,10 +108,7 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
 
 
 def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> tuple[Nearest, bool]:
-    """The nearest among some rows, and whether the search came to the last row of any sample.
-
-    `d_2` is infinite if all rows are equal.
-    """
+    """The nearest in `scope`, and whether a search came to the end; `d_2` inf if all are equal."""
     search, most = Search(bank, scope, bank.device), 0
     flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
 
@@ -150,9 +147,8 @@ def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float
 def copy_share(ratio: Tensor, add: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """The share of samples that copy a training row, as plain numbers.
 
-    Args:
-        ratio: `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN.
-        add: Sums a tensor over ranks.
+    `ratio` is `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN; `add` sums a tensor
+    over ranks.
 
     Returns:
         `share` of the finite ratios below 1/3, NaN if there are none, with `low` and `high` (95 %,

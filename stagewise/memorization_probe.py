@@ -31,9 +31,6 @@ METHOD = "euler"
 class MemorizationProbe:
     """Noise, labels and held-out rows that stay the same throughout a run.
 
-    The oracle's part, before `t_switch`, does not depend on the model: it is computed once and kept
-    on the CPU.
-
     Args:
         oracle: Bank and path.
         samples: How many, over all ranks.
@@ -100,14 +97,9 @@ class MemorizationProbe:
     def generate(
         self, velocity: Callable[[Tensor, Tensor, Any], Tensor], device: torch.device
     ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
-        """Samples of this rank, on the model's device.
+        """Samples of this rank by `t_switch`; noised rows and samples from them by `t_resume`.
 
-        Args:
-            velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
-            device: The model's.
-
-        Returns:
-            By `t_switch` the samples; by `t_resume` the noised rows and the samples made from them.
+        `velocity` is that of the model, on `device`, from `x_t`, t and labels.
         """
         model, made = self._of_model(velocity, self.labels, device), {}
         for t in self._t_switch:
@@ -151,7 +143,7 @@ class MemorizationProbe:
         return self._oracle.inner.velocity(xt.to(place), t.to(place), labels).to(xt)
 
     def _led_to(self, t: float, device: torch.device) -> Tensor:
-        """The samples at `t`, from where the model continues."""
+        """The samples at `t`, from where the model continues: the same at all probes."""
         if t not in self._led:
             x, end = self._noise.to(device), self._asked(t)
             led = x if t == 0 else self._integrate(self._of_oracle, x, 0.0, end)

@@ -94,8 +94,8 @@ def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: b
     if not given and labelled is None:
         # Targets over all rows would be wrong for a model that is given classes.
         wise = any(scheme.class_wise for scheme in mixing)
-        unless = "If it is given nothing else, or ignores it, say so: class_wise=False."
-        unless = "StageScheme(timesteps=..., weight=...)." if wise else unless
+        cure = "If it is given nothing else, or ignores it, say so: class_wise=False."
+        unless = "StageScheme(timesteps=..., weight=...)." if wise else cure
         return (
             "the call of the network was not recognised, so it is not known what "
             "the model is conditioned on. Targets of the oracle are right for a model that is "

@@ -16,7 +16,7 @@ from stagewise.bank.row_classes import KNOWN
 from stagewise.device_checks import require_all
 from stagewise.engines import fused, fused_mix
 from stagewise.engines.fused_path import coefficients
-from stagewise.masks import MaskedLabels, compared_within
+from stagewise.masks import MaskedLabels, compared_within, plain
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, expand_like
 from stagewise.posterior import upload
@@ -296,25 +296,17 @@ def _lacks(labels: Labels | None, oracle: Oracle) -> bool:
 
 def _undropped(oracle: Oracle, labels: Labels | None, x1: Tensor) -> Labels | None:
     """Labels on the host, with the class of the row for a dropped label (as `place` does)."""
-    if isinstance(labels, MaskedLabels):
-        pairs, given = oracle.bank.pairs, labels.labels
-        if pairs is None or not isinstance(given, Tensor) or given.device.type != "cpu":
-            return labels
-        gone = ~torch.isin(given, known := torch.as_tensor(pairs.labels))
-        if not gone.any():
-            return labels
-        row = oracle.bank.find(x1, labels).cpu()
-        own = known[oracle.bank.segments_at(row.clamp_min(0).tolist())].to(given)
-        return replace(labels, labels=own.where(gone & (row >= 0), given))
-    if not isinstance(labels, Tensor) or labels.device.type != "cpu":
+    bank, given, masks = oracle.bank, plain(labels), isinstance(labels, MaskedLabels)
+    if not isinstance(given, Tensor) or given.device.type != "cpu" or masks == (bank.pairs is None):
         return labels
-    table, labels = oracle.bank.class_table(labels.device), labels.reshape(-1)
-    gone = ~torch.isin(labels, table[:, 0])
-    if not gone.any():
-        return labels
-    row = oracle.bank.find(x1).cpu()
-    own = table[torch.searchsorted(table[:, 2].contiguous(), row.clamp_min(0), right=True), 0]
-    return own.to(labels).where(gone & (row >= 0), labels)
+    given = given.reshape(-1)
+    known = torch.as_tensor(bank.classes if bank.pairs is None else bank.pairs.labels)
+    gone = ~torch.isin(given, known)
+    if gone.any():
+        row = bank.find(x1, labels if masks else None).cpu()
+        own = known[bank.segments_at(row.clamp_min(0).tolist())].to(given)
+        given = own.where(gone & (row >= 0), given)
+    return replace(labels, labels=given) if isinstance(labels, MaskedLabels) else given
 
 
 def _classes(

@@ -9,6 +9,7 @@ from `stagewise.weights`, times `p(t) / q(t)`, p uniform, to keep the objective 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.queries import Labels, Times, as_times, check_times, require_like, require_tensors
 from stagewise.schemes.conditions import has_classes, unknown_conditions
-from stagewise.schemes.correction import Correction, correct, runs_kernel
+from stagewise.schemes.correction import Batch, Correction, correct, runs_kernel
 from stagewise.schemes.first_call import check_first
 from stagewise.schemes.refusals import check_density, check_settings, near_rows
 from stagewise.schemes.sources import told_sources
@@ -343,14 +344,8 @@ class Scheme(SchemeState):
         given = xt
         xt = self._as_rows(xt.detach(), labels)[0]
         x1, known["labels"] = self._as_rows(x1.detach(), labels)
-        ask: Callable[..., Correction] = partial(
-            correct,
-            self.target,
-            xt=xt,
-            t=t.detach(),
-            x1=x1,
-            prediction=prediction,
-            draws=self._random(self._calls),
+        batch = Batch(
+            *(xt, t.detach(), x1, prediction, self._random(self._calls)),
             **known,
             class_wise=self.class_wise,
             on_missing=self.on_missing,
@@ -359,12 +354,16 @@ class Scheme(SchemeState):
             dtype=(x1 if y is None else y).dtype,
         )
         if around is None:
-            added = ask(self.oracle)
+            added = correct(self.target, self.oracle, batch)
             return t, added._replace(value=cut(added.value, self.oracle.bank.shape, given))
         assert self.drawn is not None
         # Smoothed samples get targets of the smoothed set.
         smoothed = self.drawn.strength > 0
-        parts = (ask(self.oracle, only=~smoothed), ask(around, only=smoothed))
+        of_rows, of_smoothed = replace(batch, only=~smoothed), replace(batch, only=smoothed)
+        parts = (
+            correct(self.target, self.oracle, of_rows),
+            correct(self.target, around, of_smoothed),
+        )
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
 
     def check(self, total: int | None = None) -> None:

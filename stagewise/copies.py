@@ -67,7 +67,9 @@ class Nearest(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None) -> Nearest:
+def nearest_rows(
+    bank: LatentBank, x: Tensor, labels: Tensor | MaskedLabels | None = None
+) -> Nearest:
     """The nearest row of each sample, and the distance of the next row that differs from it.
 
     With masks, among rows of the same mask; `d_2` is NaN if no other row has that mask.
@@ -75,7 +77,7 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
     Args:
         bank: The training rows, all classes.
         x: Samples, (B, *), of the bank's shape.
-        labels: Their masks, for a bank with masks.
+        labels: `MaskedLabels` for a bank with masks; others do not count.
 
     Returns:
         Tensors on the device of the bank.
@@ -87,7 +89,7 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
         raise ValueError(
             f"Expected samples of shape {('B', *bank.shape)}, the bank's, got {tuple(x.shape)}."
         )
-    if labels is None:
+    if not isinstance(labels, MaskedLabels):
         found, every = _nearest_in(bank, bank.whole, x)
         # Otherwise the search has ended at a second row.
         if every and bool(found.d2.isinf().any()):

@@ -49,7 +49,7 @@ class MemorizationProbe:
     Attributes:
         labels: Classes of the samples, (n,), as frequent as in the bank; None if neither model nor
             oracle is given any.
-        x1: The held-out rows of this rank, None if there are none.
+        x1: The held-out rows of this rank, None if there are none; their labels are `x1_labels`.
     """
 
     def __init__(
@@ -77,22 +77,12 @@ class MemorizationProbe:
         given = labelled or class_wise or bank.pairs is not None
         self.labels = bank.classes_of(rows.tolist()) if given else None
         self.x1: Tensor | None = None
+        self.x1_labels: Tensor | MaskedLabels | None = None
         if held_out is not None:
             x1, labels = held_out
-            self.x1, self._x1_labels = x1[own], None if labels is None else labels[own]
+            self.x1, self.x1_labels = x1[own], None if labels is None else labels[own]
             self._x1_noise = torch.randn(x1.shape, generator=_generator(seed, 1))[own]
         self._led: dict[float, Tensor] = {}
-
-    @property
-    def masks(self) -> MaskedLabels | None:
-        """The masks of the samples, None without any."""
-        return self.labels if isinstance(self.labels, MaskedLabels) else None
-
-    @property
-    def x1_masks(self) -> MaskedLabels | None:
-        """The masks of the held-out rows, None without any."""
-        found = None if self.x1 is None else self._x1_labels
-        return found if isinstance(found, MaskedLabels) else None
 
     def generate(
         self, velocity: Callable[[Tensor, Tensor, Any], Tensor], device: torch.device
@@ -108,7 +98,7 @@ class MemorizationProbe:
         resumed: dict[float, tuple[Tensor, Tensor]] = {}
         if self.x1 is None:
             return made, resumed
-        model = self._of_model(velocity, self._x1_labels, device)
+        model = self._of_model(velocity, self.x1_labels, device)
         x1, noise = self.x1.to(device).float(), self._x1_noise.to(device)
         for t in self._t_resume:
             start = self._asked(t)
@@ -138,8 +128,7 @@ class MemorizationProbe:
 
     def _of_oracle(self, xt: Tensor, t: Tensor) -> Tensor:
         place, labels = self._oracle.bank.device, compared_within(self.labels, self._class_wise)
-        if isinstance(labels, MaskedLabels):
-            labels = labels.to(place)
+        labels = None if labels is None else labels.to(place)
         return self._oracle.inner.velocity(xt.to(place), t.to(place), labels).to(xt)
 
     def _led_to(self, t: float, device: torch.device) -> Tensor:

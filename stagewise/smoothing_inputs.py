@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.device_checks import require_all, seen_within
-from stagewise.queries import Times, as_times, check_times, require_tensors
+from stagewise.queries import Times, as_times, check_times, checked_source, require_tensors
 from stagewise.stages import StageBoundary
 from stagewise.tracing import caller_level
 
@@ -181,11 +181,7 @@ def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:
     """The row of each sample, (B,), given or looked up; see `Smoothing.draw`."""
     source = bank.find(x1) if source is None else source
     require_tensors(source=source)
-    if source.shape != x1.shape[:1] or source.is_floating_point() or source.dtype == torch.bool:
-        raise ValueError(
-            f"Expected integer `source` with shape ({len(x1)},), the row of each sample, got "
-            f"{source.dtype} with shape {tuple(source.shape)}: draw(x1, source=bank.find(x1))."
-        )
+    checked_source(source, len(x1), None)
     if seen_within(source, 0, len(bank) - 1):
         return source
     inside = (source >= 0) & (source < len(bank))

@@ -127,10 +127,8 @@ class Probe:
                 for i in own[part].tolist()
             ]
             x0, times = torch.stack(noise).to(device), self.t[part].to(device)
-            wise: Any = compared_within(self.labels, class_wise)
-            if wise is not None:
-                some = wise[part]
-                wise = some.to(device) if isinstance(some, MaskedLabels) else some.tolist()
+            wise = compared_within(self.labels, class_wise)
+            wise = None if wise is None else wise[part].to(device)
             noisy, u, gap = noisy_targets(oracle, x0, x, times, wise)
             kept.append((noisy.cpu(), u.cpu(), (u + gap).cpu()))
         self.xt, self.u, self.oracle_u = (torch.cat(part) for part in zip(*kept, strict=True))
@@ -152,19 +150,16 @@ class Probe:
                 value[part].to(device) for value in (self.t, self.xt, self.u, self.oracle_u)
             )
             v = velocity(xt, t, labels).float()
-            squares, cosine, cross = errors_of(v, u, best, labels)
-            add(t, torch.stack([*squares, cosine, cross]))
+            add(t, errors_of(v, u, best, labels))
 
 
-def errors_of(
-    v: Tensor, u: Tensor, best: Tensor, labels: object = None
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Mean squares of v - u, v - u* and u - u*, the cosine of v and u*, and `cross`, each (B,)."""
+def errors_of(v: Tensor, u: Tensor, best: Tensor, labels: object = None) -> Tensor:
+    """The values of `PROBED`, (5, B)."""
     to_u, to_best, gap = v - u, v - best, u - best
     squares = [mean_square(value, labels) for value in (to_u, to_best, gap)]
     sizes = mean_square(v, labels).sqrt() * mean_square(best, labels).sqrt()
     cosine = mean_of(v * best, labels) / sizes.clamp_min(1e-30)
-    return squares, cosine, -2 * mean_of(to_best * gap, labels)
+    return torch.stack([*squares, cosine, -2 * mean_of(to_best * gap, labels)])
 
 
 def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stagewise.device_checks import require_all
 from stagewise.lambdas import Hard
 from stagewise.oracle import Oracle
 from stagewise.paths import Path
@@ -91,16 +92,15 @@ class Smoothed:
                 "x1 = scheme.smooth(x1, t=t); xt = scheme.path.interpolate(x0, x1, t)."
             )
         if first:
-            same = ((as_times(t, x1) - self.drawn.t).abs() < 0.01).all()
-            message = "Expected the times `t` that the samples were smoothed at"
-            if same.device.type != "cpu" or type(same) is not Tensor:
-                torch._assert_async(same, message)
-            elif not same:
-                raise ValueError(
-                    f"{message}, got other times. Draw t once: t = scheme.timesteps.sample("
-                    "len(x1)); x1 = scheme.smooth(x1, t=t); xt = scheme.path.interpolate(x0, x1, "
-                    "t); u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
-                )
+            require_all(
+                (as_times(t, x1) - self.drawn.t).abs() < 0.01,
+                "Expected the times `t` that the samples were smoothed at",
+                lambda: (
+                    ", got other times. Draw t once: t = scheme.timesteps.sample(len(x1)); "
+                    "x1 = scheme.smooth(x1, t=t); xt = scheme.path.interpolate(x0, x1, t); "
+                    "u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
+                ),
+            )
         return self.drawn.source if source is None else source
 
     def meets(self, target: Target | None) -> bool:

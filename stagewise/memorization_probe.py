@@ -31,20 +31,10 @@ METHOD = "euler"
 class MemorizationProbe:
     """Noise, labels and held-out rows that stay the same throughout a run.
 
-    Args:
-        oracle: Bank and path.
-        samples: How many, over all ranks.
-        held_out: Rows to resume, (n, *), and their labels, (n,), if the model is given any; None
-            resumes nothing.
-        labelled: Whether the model is given labels.
-        class_wise: Whether the oracle is over the rows of the sample's class.
-        t_switch: Times in [0, 1].
-        t_resume: Times in [0, 1).
-        steps: From t = 0 to 1.
-        seed: Of noise and labels; the samples are the same on any number of ranks.
-        rank: This process holds every `world_size`-th sample, from `rank` on.
-        world_size: Number of processes.
-        reachable: From times, (B,), to the nearest ones that the model knows.
+    The `samples`, and the rows to resume, `held_out`, (n, *), with their labels, are the same on
+    any number of ranks: this process holds every `world_size`-th, from `rank` on. It takes `steps`
+    from t = 0 to 1. `labelled`: whether the model is given labels. `reachable` gives the nearest
+    times, (B,), that the model knows.
 
     Attributes:
         labels: Classes of the samples, (n,), as frequent as in the bank; None if neither model nor

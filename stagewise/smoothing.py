@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
+from stagewise.bank.row_classes import as_real
 from stagewise.bank.row_keys import row_keys
 from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle
@@ -330,14 +331,12 @@ class Smoothing:
         return x, length, length * (self.bank.take(near, device) - x[:, None])
 
     def _index_on(self, device: torch.device) -> Tensor:
-        if self.index.device == device:
-            return self.index
-        if device not in self._moved:
+        moved = self._moved.get(device)
+        if moved is None:
             moved = self.index.to(device)
-            if type(moved) is not type(self.index):
-                return moved  # a fake tensor must not be kept for real ones
-            self._moved[device] = moved
-        return self._moved[device]
+            if as_real(moved, self.index):
+                self._moved[device] = moved
+        return moved
 
     def with_scale(self, scale: float | None = None, floor: float | None = None) -> Smoothing:
         """The same neighbours with another scale or isotropic floor."""

@@ -78,21 +78,13 @@ def noisy_targets(
 class Probe:
     """Queries that stay the same throughout a run, so that its curves can be compared.
 
-    The targets do not depend on the model: they are computed once and kept on the CPU, three times
-    `queries * strata * D` numbers of float32, over all ranks.
+    The targets do not depend on the model: they are computed once, by the oracle on the `device`,
+    and kept on the CPU, three times `queries * strata * D` numbers of float32, over all ranks.
 
-    Args:
-        x1: Samples, (n, *), each used equally often, up to one.
-        labels: Their classes, (n,), or None; or with masks `MaskedLabels`.
-        edges: Of the strata of t, (T + 1,).
-        queries: In each stratum.
-        oracle: Bank and path.
-        class_wise: Whether the oracle is over the rows of the sample's class.
-        seed: Of rows, times and noise; the queries are the same on any number of ranks.
-        device: Where the oracle computes.
-        rank: This process holds every `world_size`-th query, from `rank` on.
-        world_size: Number of processes.
-        reachable: From times, (B,), to the nearest ones that the model knows.
+    There are `queries` in each stratum of t, (T + 1,) `edges`, from the samples `x1`, (n, *), each
+    used equally often, up to one. They are the same on any number of ranks: this process holds
+    every `world_size`-th, from `rank` on. `reachable` gives the nearest times, (B,), that the model
+    knows.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stagewise.bank.building import whole_labels
-from stagewise.masks import MaskedLabels
+from stagewise.masks import MaskedLabels, plain
 from stagewise.queries import Labels
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def has_classes(labels: Labels | None) -> bool:
     """Whether any sample has a class."""
-    if isinstance(labels, MaskedLabels):
-        labels = labels.labels
-    if isinstance(labels, list | tuple):
-        return any(label is not None for label in labels)
-    return labels is not None
+    given = plain(labels)
+    if isinstance(given, list | tuple):
+        return any(label is not None for label in given)
+    return given is not None

@@ -210,6 +210,12 @@ class SchemeState(Shared):
         The queries depend on `seed`; global generators are not used. Raises a ValueError without an
         oracle, or if its bank is spread over ranks.
         """
+        boundary = self.measured(seed)
+        self.set_boundary(boundary)
+        return boundary
+
+    def measured(self, seed: int) -> StageBoundary:
+        """The boundary that `measure_boundary` sets."""
         oracle = self.oracle
         if self.smoothing is not None and (oracle is None or oracle.smoothing is not None):
             oracle = Oracle(self.smoothing.bank, self.path)  # the stages are those of the rows
@@ -220,9 +226,7 @@ class SchemeState(Shared):
             )
         require_whole_bank(oracle)
         curve = StageCurve.measure(oracle, seed=seed, class_wise=self.class_wise)
-        boundary = curve.boundary(seed=seed)
-        self.set_boundary(boundary)
-        return boundary
+        return curve.boundary(seed=seed)
 
     def require_boundary(self) -> None:
         """Raises a ValueError with the cure if something depends on a boundary that is unknown."""

@@ -20,7 +20,6 @@ from stagewise.callbacks.training_bank import Samples
 from stagewise.callbacks.writer import by_time, chart, tags_by_time
 from stagewise.copies import nearest_rows
 from stagewise.learning_events import GapWatch, OnsetLaw
-from stagewise.masks import MaskedLabels
 from stagewise.velocity_probe import Probe
 
 __all__ = ["MemorizationGuard"]
@@ -185,8 +184,7 @@ class MemorizationGuard(MemorizationMonitor):
         """The share of held-out samples that count as copies; 0 without any."""
         found = torch.zeros(2, device=self.run.host.device)
         if others is not None:
-            masks = others[1] if isinstance(others[1], MaskedLabels) else None
-            near = nearest_rows(self.oracle.bank, others[0], masks)
+            near = nearest_rows(self.oracle.bank, *others)
             found += torch.stack([near.copied.sum(), near.ratio.isfinite().sum()]).to(found)
         copied, total = self.run.host.reduce(found).tolist()
         return copied / max(total, 1)

@@ -197,9 +197,9 @@ class MemorizationMonitor(ModelMonitor):
         with self.together():
             with self.asked(averaged) as velocity:
                 made, resumed = self._probe.generate(velocity, self.run.host.device)
-            masks, x1_masks = self._probe.masks, self._probe.x1_masks
-            near = {t: nearest_rows(bank, x, masks) for t, x in made.items()}
-            near_resumed = {t: nearest_rows(bank, x, x1_masks) for t, (_, x) in resumed.items()}
+            labels, x1_labels = self._probe.labels, self._probe.x1_labels
+            near = {t: nearest_rows(bank, x, labels) for t, x in made.items()}
+            near_resumed = {t: nearest_rows(bank, x, x1_labels) for t, (_, x) in resumed.items()}
         self._shown = made, near, resumed, near_resumed
         add = self.run.host.reduce
         shares = [copy_share(near[t].ratio, add) for t in self.t_switch]

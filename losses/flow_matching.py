@@ -21,11 +21,12 @@ from torch.nn.functional import cosine_similarity
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
 from stagewise.masks import masked, mean_square
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, same_path, unlike
-from stagewise.queries import Labels, Times, as_times, check_times
+from stagewise.queries import Labels, Times, as_times, check_times, require_like
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_conditions
 from stagewise.side_stream import beside
 from stagewise.timesteps import TimestepSampler, Uniform
+from stagewise.weights import weights_at
 
 __all__ = ["FlowMatchingLoss", "LossRecord"]
 
@@ -202,10 +203,7 @@ class FlowMatchingLoss(nn.Module):
         check_times(t, len(x1))
         if scheme is not None:
             x1 = scheme.smooth(x1, t=t, source=source)
-        if x0.shape != x1.shape:
-            raise ValueError(
-                f"Expected `x0` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(x0.shape)}."
-            )
+        require_like("x0", x0, "x1", x1)
         path = self.path(t)
         xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
         for observer in self.observers:
@@ -224,11 +222,7 @@ class FlowMatchingLoss(nn.Module):
                 f"{tuple(output.shape)}."
             )
         output = self.convention.sign_of(self.prediction) * output.float()
-        weight = torch.ones_like(t) if self.weight is None else self.weight(t)
-        if weight.shape != t.shape:
-            raise ValueError(
-                f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
-            )
+        weight = weights_at(self.weight, t)
         if wait is None:
             loss = trained = mean_square(output - y, of)
         else:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stagewise.masks import masked, mean_square
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, PredictionKind
-from stagewise.queries import Labels
+from stagewise.queries import Labels, require_like
 from stagewise.schemes import Scheme
 from stagewise.targets import Mix, Target
 
@@ -94,11 +94,7 @@ class OracleRegularizer(nn.Module):
         Raises:
             ValueError: If shapes do not fit; and as `Scheme.__call__`.
         """
-        if output.shape != y.shape:
-            raise ValueError(
-                f"Expected `output` with the shape of `y`, {tuple(y.shape)}, got "
-                f"{tuple(output.shape)}."
-            )
+        require_like("output", output, "y", y)
         of = masked(labels, mask, x1)
         best, weight = self.scheme(
             y.float(), xt=xt, t=t, x1=x1, labels=of, source=source, prediction=self.prediction

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stagewise.masks import masked, mean_of
 from stagewise.schemes import Phases, Scheme
+from stagewise.weights import weights_at
 
 __all__ = ["StageWeightedLoss", "weighs"]
 
@@ -77,12 +78,7 @@ class StageWeightedLoss(nn.Module):
                 f"Expected a loss with shape {(len(t), '*')}, one for each t, got "
                 f"{tuple(loss.shape)}. Give it without reduction."
             )
-        weight = self.weight(t)
-        if weight.shape != t.shape:
-            raise ValueError(
-                f"Expected `weight(t)` with shape {tuple(t.shape)}, got {tuple(weight.shape)}."
-            )
-        of = masked(None, loss_mask, loss)
+        weight, of = weights_at(self.weight, t), masked(None, loss_mask, loss)
         return (weight * mean_of(loss.reshape(len(t), -1) if of is None else loss, of)).mean()
 
 

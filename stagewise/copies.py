@@ -67,7 +67,9 @@ class Nearest(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None) -> Nearest:
+def nearest_rows(
+    bank: LatentBank, x: Tensor, labels: Tensor | MaskedLabels | None = None
+) -> Nearest:
     """The nearest row of each sample, and the distance of the next row that differs from it.
 
     With masks, among rows of the same mask; `d_2` is NaN if no other row has that mask.
@@ -75,7 +77,7 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
     Args:
         bank: The training rows, all classes.
         x: Samples, (B, *), of the bank's shape.
-        labels: Their masks, for a bank with masks.
+        labels: `MaskedLabels` for a bank with masks; others do not count.
 
     Returns:
         Tensors on the device of the bank.
@@ -87,7 +89,7 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
         raise ValueError(
             f"Expected samples of shape {('B', *bank.shape)}, the bank's, got {tuple(x.shape)}."
         )
-    if labels is None:
+    if not isinstance(labels, MaskedLabels):
         found, every = _nearest_in(bank, bank.whole, x)
         # Otherwise the search has ended at a second row.
         if every and bool(found.d2.isinf().any()):
@@ -108,10 +110,7 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
 
 
 def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> tuple[Nearest, bool]:
-    """The nearest among some rows, and whether the search came to the last row of any sample.
-
-    `d_2` is infinite if all rows are equal.
-    """
+    """The nearest in `scope`, and whether a search came to the end; `d_2` inf if all are equal."""
     search, most = Search(bank, scope, bank.device), 0
     flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
 
@@ -150,9 +149,8 @@ def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float
 def copy_share(ratio: Tensor, add: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """The share of samples that copy a training row, as plain numbers.
 
-    Args:
-        ratio: `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN.
-        add: Sums a tensor over ranks.
+    `ratio` is `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN; `add` sums a tensor
+    over ranks.
 
     Returns:
         `share` of the finite ratios below 1/3, NaN if there are none, with `low` and `high` (95 %,

@@ -237,11 +237,11 @@ def _metric(
     module: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The trained parameters, and P of each."""
+    if optimizer is None:
+        every: list[Tensor] = [one for one in module.parameters() if one.requires_grad]
+        return every, [None] * len(every)
     parameters: list[Tensor] = []
     metric: list[Tensor | None] = []
-    if optimizer is None:
-        parameters += [one for one in module.parameters() if one.requires_grad]
-        return parameters, [None] * len(parameters)
     for group in optimizer.param_groups:
         for one in group["params"]:
             if one.requires_grad:

@@ -39,16 +39,10 @@ class Lambda(ABC):
     def __call__(
         self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
     ) -> Tensor:
-        """The lambda of each query.
+        """The lambda of each query at times t, (B,), float64: (B,), in [0, 1].
 
-        Args:
-            t: Times, (B,), float64.
-            top1: Largest weight of each posterior, (B,), float64; None if `from_t`.
-            path: The path of training.
-            boundary: Where the stages meet; None if not `needs_boundary`.
-
-        Returns:
-            (B,), in [0, 1].
+        `top1`, (B,), is the largest weight of each posterior, None if `from_t`; `boundary` is None
+        if not `needs_boundary`.
         """
 
     @staticmethod

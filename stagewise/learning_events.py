@@ -58,8 +58,7 @@ def navigation_learned(
 ) -> dict[str, Any] | None:
     """The evidence that the oracle error in navigation has reached its plateau, or None.
 
-    `window` and `tolerance` are those of `is_flat`, in logarithms; the error must be flat at
-    `patience` probes in a row.
+    `window` and `tolerance` are those of `is_flat`, at `patience` probes in a row.
     """
     navigation = [probe["stages"]["train"]["navigation"] for probe in history]
     points = [stage["oracle"] for stage in navigation]
@@ -85,8 +84,7 @@ def memorization_onset(
 ) -> dict[str, Any] | None:
     """The evidence that held-out error has risen above training error, or None.
 
-    It must be above by `gap` times the training error at `patience` probes in a row, in some bin of
-    t between two of the `edges`, (T + 1,).
+    By `gap` times the latter, at `patience` probes in a row; `edges`, (T + 1,), are of the bins.
     """
     if len(history) < patience + 1 or history[-1]["gap"] is None:
         return None
@@ -122,29 +120,17 @@ def _relative_gap(probe: Probe) -> Tensor:
 
 
 class GapWatch:
-    """Compares each probe with the one at which held-out error was lowest, bin by bin.
-
-    Attributes:
-        lowest: Errors there, of training samples (T, Q) and of held-out ones (T, R); None before
-            the first probe.
-        steps: Of that probe, by bin, (T,).
-        open: Probes in a row at which the gap was open, by bin, (T,).
-    """
+    """Compares each probe with the one at which held-out error was lowest, bin by bin."""
 
     def __init__(self) -> None:
-        self.lowest: tuple[Tensor, Tensor] | None = None
-        self.steps = self.open = torch.empty(0, dtype=torch.int64)
+        self.lowest: tuple[Tensor, Tensor] | None = None  # errors there, training and held-out
+        self.steps = torch.empty(0, dtype=torch.int64)  # of that probe, by bin
+        self.open = self.steps  # probes in a row at which the gap was open, by bin
 
     def update(
         self, step: int, train: Tensor, held_out: Tensor, edges: Tensor
     ) -> dict[str, Any] | None:
-        """Takes the errors of a probe at a step; None while the gap is closed.
-
-        Args:
-            step: Optimizer steps done.
-            train: Errors of noisy training samples by bin of t, (T, Q); the same samples each time.
-            held_out: Those of held-out samples, (T, R).
-            edges: Of the bins, (T + 1,).
+        """Takes the errors of a probe by bin of t, (T, Q) and (T, R); None while the gap is closed.
 
         Returns:
             The evidence: `t_from` and `t_to`, where the gap is open; for the bin with the largest

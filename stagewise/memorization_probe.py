@@ -31,28 +31,15 @@ METHOD = "euler"
 class MemorizationProbe:
     """Noise, labels and held-out rows that stay the same throughout a run.
 
-    The oracle's part, before `t_switch`, does not depend on the model: it is computed once and kept
-    on the CPU.
-
-    Args:
-        oracle: Bank and path.
-        samples: How many, over all ranks.
-        held_out: Rows to resume, (n, *), and their labels, (n,), if the model is given any; None
-            resumes nothing.
-        labelled: Whether the model is given labels.
-        class_wise: Whether the oracle is over the rows of the sample's class.
-        t_switch: Times in [0, 1].
-        t_resume: Times in [0, 1).
-        steps: From t = 0 to 1.
-        seed: Of noise and labels; the samples are the same on any number of ranks.
-        rank: This process holds every `world_size`-th sample, from `rank` on.
-        world_size: Number of processes.
-        reachable: From times, (B,), to the nearest ones that the model knows.
+    The `samples`, and the rows to resume, `held_out`, (n, *), with their labels, are the same on
+    any number of ranks: this process holds every `world_size`-th, from `rank` on. It takes `steps`
+    from t = 0 to 1. `labelled`: whether the model is given labels. `reachable` gives the nearest
+    times, (B,), that the model knows.
 
     Attributes:
         labels: Classes of the samples, (n,), as frequent as in the bank; None if neither model nor
             oracle is given any.
-        x1: The held-out rows of this rank, None if there are none.
+        x1: The held-out rows of this rank, None if there are none; their labels are `x1_labels`.
     """
 
     def __init__(
@@ -80,34 +67,19 @@ class MemorizationProbe:
         given = labelled or class_wise or bank.pairs is not None
         self.labels = bank.classes_of(rows.tolist()) if given else None
         self.x1: Tensor | None = None
+        self.x1_labels: Tensor | MaskedLabels | None = None
         if held_out is not None:
             x1, labels = held_out
-            self.x1, self._x1_labels = x1[own], None if labels is None else labels[own]
+            self.x1, self.x1_labels = x1[own], None if labels is None else labels[own]
             self._x1_noise = torch.randn(x1.shape, generator=_generator(seed, 1))[own]
         self._led: dict[float, Tensor] = {}
-
-    @property
-    def masks(self) -> MaskedLabels | None:
-        """The masks of the samples, None without any."""
-        return self.labels if isinstance(self.labels, MaskedLabels) else None
-
-    @property
-    def x1_masks(self) -> MaskedLabels | None:
-        """The masks of the held-out rows, None without any."""
-        found = None if self.x1 is None else self._x1_labels
-        return found if isinstance(found, MaskedLabels) else None
 
     def generate(
         self, velocity: Callable[[Tensor, Tensor, Any], Tensor], device: torch.device
     ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
-        """Samples of this rank, on the model's device.
+        """Samples of this rank by `t_switch`; noised rows and samples from them by `t_resume`.
 
-        Args:
-            velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
-            device: The model's.
-
-        Returns:
-            By `t_switch` the samples; by `t_resume` the noised rows and the samples made from them.
+        `velocity` is that of the model, on `device`, from `x_t`, t and labels.
         """
         model, made = self._of_model(velocity, self.labels, device), {}
         for t in self._t_switch:
@@ -116,7 +88,7 @@ class MemorizationProbe:
         resumed: dict[float, tuple[Tensor, Tensor]] = {}
         if self.x1 is None:
             return made, resumed
-        model = self._of_model(velocity, self._x1_labels, device)
+        model = self._of_model(velocity, self.x1_labels, device)
         x1, noise = self.x1.to(device).float(), self._x1_noise.to(device)
         for t in self._t_resume:
             start = self._asked(t)
@@ -146,12 +118,11 @@ class MemorizationProbe:
 
     def _of_oracle(self, xt: Tensor, t: Tensor) -> Tensor:
         place, labels = self._oracle.bank.device, compared_within(self.labels, self._class_wise)
-        if isinstance(labels, MaskedLabels):
-            labels = labels.to(place)
+        labels = None if labels is None else labels.to(place)
         return self._oracle.inner.velocity(xt.to(place), t.to(place), labels).to(xt)
 
     def _led_to(self, t: float, device: torch.device) -> Tensor:
-        """The samples at `t`, from where the model continues."""
+        """The samples at `t`, from where the model continues: the same at all probes."""
         if t not in self._led:
             x, end = self._noise.to(device), self._asked(t)
             led = x if t == 0 else self._integrate(self._of_oracle, x, 0.0, end)

@@ -166,13 +166,8 @@ class Profile:
         """Everything as plain numbers, strings and lists; None for numbers that are not finite."""
         curve: dict[str, Any] = {"t": self.curve.times.tolist()}
         curve |= {name: self.curve.mean(name).tolist() for name in STATISTICS}
-        names = (
-            *("rows", "dim", "shape", "classes", "class_rows", "class_wise", "mean", "std"),
-            *("channel_mean", "channel_std", "duplicates", "mislabelled", "effective_dim"),
-            *("spectrum_rows", "predicted", "removable", "engine"),
-        )
-        found: dict[str, Any] = {name: getattr(self, name) for name in names}
-        found |= {"boundary": self.boundary.as_dict(), "curve": curve}
+        found = vars(self) | {"dim": self.dim, "removable": self.removable, "curve": curve}
+        found |= {"boundary": self.boundary.as_dict()}
         found |= {"eigenvalues": self.eigenvalues.tolist(), "edges": self.edges.tolist()}
         return jsonable(found)
 

@@ -26,6 +26,7 @@ __all__ = [
     "check_times",
     "checked_source",
     "indices_of",
+    "require_like",
     "require_shape",
     "require_tensors",
     "segments_of",
@@ -224,6 +225,15 @@ def require_tensors(**given: object) -> None:
                 f"Expected `{name}` to be a tensor, got {type(value).__name__}. Give "
                 f"torch.as_tensor({name})."
             )
+
+
+def require_like(name: str, x: Tensor, other: str, like: Tensor) -> None:
+    """Refuses a tensor `x` of another shape than the tensor `like`, which is called `other`."""
+    if x.shape != like.shape:
+        raise ValueError(
+            f"Expected `{name}` with the shape of `{other}`, {tuple(like.shape)}, got "
+            f"{tuple(x.shape)}."
+        )
 
 
 def require_shape(bank: RowStore, name: str, x: Tensor) -> None:

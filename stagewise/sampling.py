@@ -50,8 +50,6 @@ ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 _ROUNDING = 2.5e-7
 """Four roundings of a float32 time: a time this near the end of an interval is in it."""
-_TOLERANCE = 1e-4
-"""Relative and absolute, of a solver that chooses its steps."""
 
 _RANGES = {
     "velocity": (0.0, 1.0),
@@ -229,8 +227,8 @@ def sample(
     start: float = 0.0,
     end: float = 1.0,
     times: Tensor | None = None,
-    rtol: float = _TOLERANCE,
-    atol: float = _TOLERANCE,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
 ) -> Tensor:
     """Draws samples: integrates a velocity from noise to data, in float32 at least.
 

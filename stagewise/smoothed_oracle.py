@@ -188,14 +188,10 @@ class _Shapes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Segment:
-    """The rows that queries look at, and those that their Gaussians lean on besides.
+    """The n `rows` that queries look at, and the m `outside` that their Gaussians lean on besides.
 
-    Attributes:
-        rows: The first, n of them.
-        outside: The others, (m,), int64.
-        near: Where the factors of `W'_i` are: the neighbours of each row among both, the row, and
-            after all rows a, (n, K + 2), int64.
-        shapes: Those of the rows.
+    `near`, (n, K + 2), is where the factors of `W'_i` are: the neighbours of each row among both,
+    the row itself, and after all rows a.
     """
 
     rows: slice

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
+from stagewise.bank.row_classes import as_real
 from stagewise.bank.row_keys import row_keys
 from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle
@@ -135,16 +136,7 @@ class Smoothing:
             self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
             if file is not None:
                 self.save(file)
-        self._all_have_k = self._has_all()
         tell_of_neighbours(bank, self.index, class_wise)
-
-    def _has_all(self) -> bool:
-        """Whether each row has K neighbours."""
-        return bool((self.index != torch.arange(len(self.index))[:, None]).all())
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._all_have_k = self._has_all()  # pickles of older versions do not have it
 
     @classmethod
     def cached(
@@ -300,27 +292,18 @@ class Smoothing:
     def moved(
         self, x1: Tensor, source: Tensor, normals: Tensor, share: Tensor | None = None
     ) -> Tensor:
-        """Samples moved by given normal numbers, (B, *), in the dtype of `x1`.
+        """Samples around rows that are known, moved by normal numbers, in the dtype of `x1`.
 
-        Args:
-            x1: Samples, (B, *).
-            source: The row of each sample, (B,).
-            normals: z, followed by e for an isotropic floor, (B, `num_normals`).
-            share: Numbers that multiply the moves, (B,), default 1.
+        `normals`, (B, `num_normals`), are z, followed by e for an isotropic floor.
         """
         stored = self.bank.rows
         wide = torch.promote_types(x1.dtype, torch.float32)
         normals = normals.to(x1.device, wide)
         rows = source.to(stored.device)
         near = self._index_on(stored.device).index_select(0, rows)
-        z = normals[:, : self.neighbours]
-        if self._all_have_k:
-            z = z * (
-                self.scale / torch.full((), self.neighbours, dtype=wide, device=z.device).sqrt()
-            )
-        else:
-            there = (near != rows[:, None]).to(z.device)
-            z = z * (self.scale / there.sum(1, keepdim=True).clamp_min(1).to(wide).sqrt()) * there
+        there = (near != rows[:, None]).to(normals.device)
+        count = there.sum(1, keepdim=True).clamp_min(1)
+        z = normals[:, : self.neighbours] * (self.scale / count.to(wide).sqrt()) * there
         # The factors of a sample add up to 0, so that a common offset of the rows cancels.
         table = torch.cat([near, rows[:, None]], dim=1)
         factors = torch.cat([z, -z.sum(1, keepdim=True)], dim=1)
@@ -348,14 +331,12 @@ class Smoothing:
         return x, length, length * (self.bank.take(near, device) - x[:, None])
 
     def _index_on(self, device: torch.device) -> Tensor:
-        if self.index.device == device:
-            return self.index
-        if device not in self._moved:
+        moved = self._moved.get(device)
+        if moved is None:
             moved = self.index.to(device)
-            if type(moved) is not type(self.index):
-                return moved  # a fake tensor must not be kept for real ones
-            self._moved[device] = moved
-        return self._moved[device]
+            if as_real(moved, self.index):
+                self._moved[device] = moved
+        return moved
 
     def with_scale(self, scale: float | None = None, floor: float | None = None) -> Smoothing:
         """The same neighbours with another scale or isotropic floor."""

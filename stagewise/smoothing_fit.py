@@ -22,10 +22,9 @@ isotropic floor is not among the settings: it stays in the samples as noise, and
 neighbours it gained nothing.
 
 **Scales end at 1**, a cap by measurement. Where x_c holds the samples the distance hardly depends
-on the scale, so on some data every scale is near enough, and the field of the oracle is at its best
-at 1.4 to 2 with 32 neighbours or more. A trained model wants less: on 300 rows of the cancer table
-its held-out loss is .807, .820, .852 and .873 with 64 neighbours and scales 1, 1.4, 2.8 and 4, and
-.809, .816, .833 and .864 with 32 and 1, 1.4, 2 and 4 (8 and 1: .804; plain: .840).
+on the scale, and the field of the oracle is at its best at 1.4 to 2 with 32 neighbours or more. A
+trained model wants less: on 300 rows of the cancer table its held-out loss with 64 neighbours is
+.807, .820, .852 and .873 with scales 1, 1.4, 2.8 and 4 (plain: .840).
 """
 
 from __future__ import annotations
@@ -66,9 +65,8 @@ class SmoothingScore:
         neighbours: K; 0 is the rows as they are.
         scale: g.
         farther: By how much finished samples are farther from held-out rows than the rows are, as
-            energy distances; below 0 they are nearer. 0 at an interpolated scale.
-        loss: Mean squared error of the oracle's velocity over D numbers; NaN where it was not asked
-            for, since a larger scale will do.
+            energy distances. 0 at an interpolated scale.
+        loss: Mean squared error of the oracle's velocity over D numbers; NaN if not asked for.
     """
 
     neighbours: int
@@ -93,8 +91,8 @@ class _Fold:
     def distance(self, samples: Tensor) -> float:
         """The energy distance of samples, (n, `each`, D), around `rows` from held-out rows.
 
-        Without the part of these rows alone. Two samples of a model are of one row with a chance of
-        one in all rows; pairs are weighed so, which leaves much less noise than random rows.
+        Pairs of samples of one row are weighed by their chance in a model, one in all rows, which
+        leaves much less noise than random rows. The part of the held-out rows alone is left out.
         """
         n, each, dim = samples.shape
         flat, held_out = samples.reshape(-1, dim), self.x1.flatten(1).double()
@@ -177,16 +175,8 @@ def cross_validated(
     """The scores of all settings, that of the rows as they are first.
 
     The oracle is class-wise if the bank has classes. At most 1000 rows are asked about, and about
-    2000 samples made in each of five folds.
-
-    Args:
-        bank: The rows.
-        boundary: c, the time from which on rows are smoothed, in [0, 1).
-        neighbours: Each K; those are left out of which a fold has too few rows.
-        scales: Each g, ascending.
-        class_wise: Whether neighbours are of the row's own class.
-        seed: Of folds, rows, times and noise.
-        progress: Whether to show a bar.
+    2000 samples made in each of five folds. `scales` ascend; a K for which a fold has too few rows
+    is left out.
 
     Returns:
         One for the rows, and for each K one for each g and, with its loss, the largest scale that

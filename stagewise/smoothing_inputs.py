@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from operator import index
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.device_checks import require_all, seen_within
-from stagewise.queries import Times, as_times, check_times, require_tensors
+from stagewise.queries import Times, as_times, check_times, checked_source, require_tensors
 from stagewise.stages import StageBoundary
 from stagewise.tracing import caller_level
 
@@ -31,25 +30,12 @@ __all__ = [
     "time_of",
 ]
 
-N = TypeVar("N")
-
 Strength: TypeAlias = "Callable[[Tensor], Tensor]"
 """A function from times, (B,), to numbers in [0, 1], (B,), that multiply what is added to rows."""
 
 
 def search_space(bank: LatentBank, features: Tensor | None, class_wise: bool) -> LatentBank:
-    """The bank in which neighbours are searched: `bank`, or one of features with its labels.
-
-    Args:
-        bank: The rows.
-        features: (N, F) numbers, in the order of the samples that the bank was made from; or None.
-        class_wise: Whether neighbours are of the same class only.
-
-    Raises:
-        ValueError: If features have another length or NaN or Inf, the bank has masks, or
-            `class_wise` is given for a bank without labels.
-        TypeError: If the features are no tensor.
-    """
+    """The bank in which neighbours are searched: `bank`, or one of features with its labels."""
     bank.require_unmasked(
         "Smoothing", "Train without it: Scheme(oracle, target=Mix()), StageScheme(target=Mix())."
     )
@@ -66,27 +52,15 @@ def search_space(bank: LatentBank, features: Tensor | None, class_wise: bool) ->
         )
     features = features.detach().to(bank.device).flatten(1)
     features = features if features.is_floating_point() else features.float()
-    wrong = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if wrong:
-        raise ValueError(
-            f"Expected finite `features`, got NaN or Inf in {len(wrong)} of {len(bank)} lines, the "
-            f"first {wrong[0]}. Leave these samples out: keep = features.flatten(1).isfinite()"
-            ".all(1); Smoothing(LatentBank(x[keep]), features=features[keep])."
-        )
     own = features if bank.index is None else features[bank.index]
     labels = torch.tensor(bank.labels_of(range(len(bank)))) if class_wise else None
     return LatentBank(own, labels)
 
 
 def time_of(boundary: float | StageBoundary, call: str) -> float:
-    """The time t from which on rows are smoothed. NaN, a boundary never reached, means nowhere.
+    """The time t from which on rows are smoothed; NaN, a boundary never reached, means nowhere.
 
-    Args:
-        boundary: The time, or a measured `StageBoundary`, which stands for its `collapsed`.
-        call: The line to paste of the error.
-
-    Raises:
-        ValueError: If the time is not in [0, 1].
+    `call` is the line to paste of the error if it is not in [0, 1].
     """
     edge = boundary.collapsed if isinstance(boundary, StageBoundary) else boundary
     if not isinstance(edge, float | int) or edge < 0 or edge > 1:
@@ -102,15 +76,7 @@ def strength_at(
 ) -> Tensor | None:
     """The strength of the smoothing at each sample's time, in [0, 1], (B,); None: 1 for all.
 
-    Args:
-        x1: Samples, (B, *).
-        t: Times of the samples, (B,), or as in `Oracle.posterior`.
-        boundary: The strength is 0 before this time, and 1 from it on; see `time_of`.
-        strength: A function of t in place of a boundary.
-
-    Raises:
-        ValueError: If a boundary or a strength comes without times, both are given, or a number is
-            out of range.
+    Arguments and errors are those of `Smoothing.draw`.
     """
     if boundary is None and strength is None:
         return None
@@ -151,37 +117,27 @@ def strength_at(
 def check_settings(
     bank: LatentBank, neighbours: int, scale: float, floor: float
 ) -> tuple[int, float, float]:
-    """The numbers, also of numpy's and torch's types, as Python's.
-
-    Raises if `bank` is no bank of fixed rows, or a number is out of range.
-    """
+    """The settings of `Smoothing`, checked; numbers of numpy's and torch's types as Python's."""
     if not isinstance(bank, LatentBank):
         raise TypeError(
             f"Expected a LatentBank to smooth, got {type(bank).__name__}. Of samples make "
             'Smoothing(LatentBank(x)); of latents in files Smoothing(open_latents("path").bank()).'
         )
     require_fixed(bank)
-    count = _number(index, neighbours)
-    if count is None:
-        raise TypeError(
-            f"Expected `neighbours` to be a whole number, got {neighbours!r}: "
-            "Smoothing(bank, neighbours=8)."
-        )
+    count = index(neighbours)  # a TypeError if it is no whole number
     if not 1 <= count < len(bank):
         raise ValueError(
             f"Expected `neighbours` from 1 to {len(bank) - 1}, the number of other rows, got "
             f"{count}: Smoothing(bank, neighbours={min(8, len(bank) - 1)})."
         )
-    sizes = []
+    scale, floor = float(scale), float(floor)
     for name, value, usual in (("scale", scale, 1), ("floor", floor, 0)):
-        size = _number(float, value)
-        if size is None or not 0 <= size < math.inf:
+        if not 0 <= value < math.inf:
             raise ValueError(
                 f"Expected `{name}` of at least 0, got {value!r}. The default is "
                 f"Smoothing(bank, {name}={usual})."
             )
-        sizes.append(size)
-    return count, sizes[0], sizes[1]
+    return count, scale, floor
 
 
 def tell_of_neighbours(bank: LatentBank, index: Tensor, class_wise: bool) -> None:
@@ -195,13 +151,6 @@ def tell_of_neighbours(bank: LatentBank, index: Tensor, class_wise: bool) -> Non
             "moves samples.",
             stacklevel=3,
         )
-
-
-def _number(kind: Callable[[Any], N], value: Any) -> N | None:
-    """A number of any library as Python's; None for what is no number."""
-    with suppress(TypeError, ValueError, RuntimeError):
-        return None if isinstance(value, bool | str) else kind(value)
-    return None
 
 
 def require_fixed(bank: LatentBank) -> None:
@@ -232,11 +181,7 @@ def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:
     """The row of each sample, (B,), given or looked up; see `Smoothing.draw`."""
     source = bank.find(x1) if source is None else source
     require_tensors(source=source)
-    if source.shape != x1.shape[:1] or source.is_floating_point() or source.dtype == torch.bool:
-        raise ValueError(
-            f"Expected integer `source` with shape ({len(x1)},), the row of each sample, got "
-            f"{source.dtype} with shape {tuple(source.shape)}: draw(x1, source=bank.find(x1))."
-        )
+    checked_source(source, len(x1), None)
     if seen_within(source, 0, len(bank) - 1):
         return source
     inside = (source >= 0) & (source < len(bank))

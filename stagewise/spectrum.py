@@ -23,7 +23,6 @@ from stagewise.paths import Path
 
 __all__ = ["information", "predicted_boundary", "spectrum"]
 
-
 _MAX_ROWS, _MAX_CLASSES = 2048, 8
 """Rows and classes that are used, evenly spaced; fewer rows if these take a gigabyte."""
 

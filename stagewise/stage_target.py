@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
 from stagewise.masks import masked
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
-from stagewise.queries import Labels, Times, as_times, check_times, require_tensors
+from stagewise.queries import Labels, Times, as_times, check_times, require_like, require_tensors
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.first_call import check_samples
 from stagewise.tracing import untraced
@@ -130,13 +130,13 @@ class StageTarget(nn.Module):
         """
         require_tensors(y=y, xt=xt, x1=x1)
         time, labels = as_times(t, x1), masked(labels, mask, x1)
-        for name, value in {"y": y, "xt": xt, "t": time}.items():
-            expected = x1.shape[:1] if name == "t" else x1.shape
-            if value.shape != expected:
-                like = "one number for each sample" if name == "t" else "the shape of `x1`"
-                raise ValueError(
-                    f"Expected `{name}` with {like}, {tuple(expected)}, got {tuple(value.shape)}."
-                )
+        require_like("y", y, "x1", x1)
+        require_like("xt", xt, "x1", x1)
+        if time.shape != x1.shape[:1]:
+            raise ValueError(
+                f"Expected `t` with one number for each sample, {tuple(x1.shape[:1])}, got "
+                f"{tuple(time.shape)}."
+            )
         scheme = self.scheme
         if not self.training or (not self.observers if scheme is None else scheme.paused):
             dtype = time.dtype if time.is_floating_point() else torch.float32

@@ -78,21 +78,13 @@ def noisy_targets(
 class Probe:
     """Queries that stay the same throughout a run, so that its curves can be compared.
 
-    The targets do not depend on the model: they are computed once and kept on the CPU, three times
-    `queries * strata * D` numbers of float32, over all ranks.
+    The targets do not depend on the model: they are computed once, by the oracle on the `device`,
+    and kept on the CPU, three times `queries * strata * D` numbers of float32, over all ranks.
 
-    Args:
-        x1: Samples, (n, *), each used equally often, up to one.
-        labels: Their classes, (n,), or None; or with masks `MaskedLabels`.
-        edges: Of the strata of t, (T + 1,).
-        queries: In each stratum.
-        oracle: Bank and path.
-        class_wise: Whether the oracle is over the rows of the sample's class.
-        seed: Of rows, times and noise; the queries are the same on any number of ranks.
-        device: Where the oracle computes.
-        rank: This process holds every `world_size`-th query, from `rank` on.
-        world_size: Number of processes.
-        reachable: From times, (B,), to the nearest ones that the model knows.
+    There are `queries` in each stratum of t, (T + 1,) `edges`, from the samples `x1`, (n, *), each
+    used equally often, up to one. They are the same on any number of ranks: this process holds
+    every `world_size`-th, from `rank` on. `reachable` gives the nearest times, (B,), that the model
+    knows.
     """
 
     def __init__(
@@ -127,10 +119,8 @@ class Probe:
                 for i in own[part].tolist()
             ]
             x0, times = torch.stack(noise).to(device), self.t[part].to(device)
-            wise: Any = compared_within(self.labels, class_wise)
-            if wise is not None:
-                some = wise[part]
-                wise = some.to(device) if isinstance(some, MaskedLabels) else some.tolist()
+            wise = compared_within(self.labels, class_wise)
+            wise = None if wise is None else wise[part].to(device)
             noisy, u, gap = noisy_targets(oracle, x0, x, times, wise)
             kept.append((noisy.cpu(), u.cpu(), (u + gap).cpu()))
         self.xt, self.u, self.oracle_u = (torch.cat(part) for part in zip(*kept, strict=True))
@@ -142,12 +132,9 @@ class Probe:
         add: Callable[[Tensor, Tensor], None],
         device: torch.device,
     ) -> None:
-        """Measures the model at the queries of this rank.
+        """Gives `add` the times, (B,), and errors, (K, B) as `PROBED`, of the queries of this rank.
 
-        Args:
-            velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
-            add: Receives times, (B,), and values, (K, B), in the order of `PROBED`.
-            device: The model's.
+        `velocity` is that of the model, on `device`, from `x_t`, t and labels.
         """
         for part in torch.arange(len(self.t)).split(_BATCH):
             labels = None if self.labels is None else self.labels[part].to(device)
@@ -155,19 +142,16 @@ class Probe:
                 value[part].to(device) for value in (self.t, self.xt, self.u, self.oracle_u)
             )
             v = velocity(xt, t, labels).float()
-            squares, cosine, cross = errors_of(v, u, best, labels)
-            add(t, torch.stack([*squares, cosine, cross]))
+            add(t, errors_of(v, u, best, labels))
 
 
-def errors_of(
-    v: Tensor, u: Tensor, best: Tensor, labels: object = None
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Mean squares of v - u, v - u* and u - u*, the cosine of v and u*, and `cross`, each (B,)."""
+def errors_of(v: Tensor, u: Tensor, best: Tensor, labels: object = None) -> Tensor:
+    """The values of `PROBED`, (5, B)."""
     to_u, to_best, gap = v - u, v - best, u - best
     squares = [mean_square(value, labels) for value in (to_u, to_best, gap)]
     sizes = mean_square(v, labels).sqrt() * mean_square(best, labels).sqrt()
     cosine = mean_of(v * best, labels) / sizes.clamp_min(1e-30)
-    return squares, cosine, -2 * mean_of(to_best * gap, labels)
+    return torch.stack([*squares, cosine, -2 * mean_of(to_best * gap, labels)])
 
 
 def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:
@@ -245,12 +229,7 @@ def largest(values: Sequence[float]) -> float:
 
 
 def spent(sums: BinnedSums, stages: Tensor) -> dict[str, dict[str, float]]:
-    """Shares of draws, loss and gradient norm of each stage.
-
-    Args:
-        sums: Over the keys "loss" and "gradient".
-        stages: Edges of the stages, (4,).
-    """
+    """Shares of draws, "loss" and "gradient" of each stage; edges of the `stages`, (4,)."""
     wide = sums.merged(stages)
     totals = {"draws": wide.count, "loss": wide.total[0], "gradient": wide.total[1]}
     shares = {key: (value / value.sum()).tolist() for key, value in totals.items()}

@@ -15,8 +15,9 @@ and those on a velocity follow. At 0 and 1 the weights are those at `t = 1e-6` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,26 +26,21 @@ from typing_extensions import override
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.stages import StageCurve, loss_floor, require_curve
 
+if TYPE_CHECKING:
+    from stagewise.schemes import Phases, Scheme
+
 __all__ = [
     "EDMWeight",
-    "HasBoundary",
     "InverseFloor",
     "MinSNR",
     "P2",
     "StageFactors",
     "StageGate",
     "Weight",
+    "weights_at",
 ]
 
 _END = 1e-6
-
-
-class HasBoundary(Protocol):
-    """An object with the boundary: a `Scheme`, or `Phases`."""
-
-    @property
-    def boundary(self) -> float | None:
-        """In [0, 1]; None if it has not been measured."""
 
 
 class Weight(ABC):
@@ -62,6 +58,16 @@ class Weight(ABC):
     def bind(self, boundary: float | None, path: Path) -> Weight:
         """The weight with this boundary and path, unless it has its own."""
         return self
+
+
+def weights_at(weight: Callable[[Tensor], Tensor] | None, t: Tensor) -> Tensor:
+    """The weights at times, (B,), ones for None; refuses those of another shape."""
+    found = torch.ones_like(t) if weight is None else weight(t)
+    if found.shape != t.shape:
+        raise ValueError(
+            f"Expected `weight(t)` with shape {tuple(t.shape)}, got {tuple(found.shape)}."
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +199,7 @@ class InverseFloor(Weight):
 class _OfStages(Weight):
     """A weight that depends on where the stages meet; a dataclass with this field."""
 
-    boundary: float | HasBoundary | None
+    boundary: float | Scheme | Phases | None
 
     @property
     def needs_boundary(self) -> bool:
@@ -225,7 +231,7 @@ class StageGate(_OfStages):
         [0.0, 1.0]
     """
 
-    boundary: float | HasBoundary | None = None
+    boundary: float | Scheme | Phases | None = None
     width: float = 0.0
     stage: Literal["navigation", "refinement"] = "refinement"
 
@@ -274,7 +280,7 @@ class StageFactors(_OfStages):
     navigation: float = 1.0
     refinement: float = 1.0
     width: float = 0.0
-    boundary: float | HasBoundary | None = None
+    boundary: float | Scheme | Phases | None = None
 
     def __post_init__(self) -> None:
         StageGate(self.boundary, self.width)

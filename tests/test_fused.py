@@ -321,12 +321,12 @@ def test_an_error_that_is_not_of_a_kernel_reaches_the_user(recwarn, kind):
 @pytest.mark.usefixtures("a_card")
 def test_a_class_wise_target_of_a_bank_without_classes_is_refused_and_no_more():
     oracle, x = Oracle(LatentBank(torch.randn(40, 6))), torch.randn(4, 6)
-    given = {"prediction": Prediction("velocity"), "labels": None, "source": None, "only": None}
-    given |= {"class_wise": True, "named": False, "boundary": None, "dtype": torch.float64}
-    given |= {"on_missing": "insert", "draws": Random(0), "t": torch.rand(4)}
+    batch = correction.Batch(
+        *(x, torch.rand(4), x, Prediction("velocity"), Random(0)), class_wise=True
+    )
     oracle.path = type("Other", (LinearPath,), {})()
     with pytest.raises(ValueError, match="needs a bank with labels"):
-        correction.by_kernel(Mix(), oracle, xt=x, x1=x, **given)
+        correction.by_kernel(Mix(), oracle, batch)
     assert not fused._said
 
 

@@ -91,10 +91,11 @@ def errors(dim, dtype):
             known = torch.tensor(bank.labels_of(row.clamp_min(0).tolist()))
             labels = known.where(row >= 0, labels)
         asked = labels if named is not None else None
-        expected = correction.correct(what, oracle, labels=asked, draws=Random(0), **given)
-        options = {"draws": Random(0), "named": bool(named), "only": None}
-        options["dtype"] = torch.float64
-        found = correction.by_kernel(what, by_kernels, labels=asked, **given, **options)
+        given["draws"] = Random(0)
+        expected = correction.correct(what, oracle, correction.Batch(labels=asked, **given))
+        said = {"labels": asked} if named else {"labels_of": labels.clone}
+        given["draws"] = Random(0)
+        found = correction.by_kernel(what, by_kernels, correction.Batch(**said, **given))
         path = oracle.path(t.double()).floored(oracle.engine.sigma_floor(bank))
         x1 = x1.double()
         target = given["prediction"].target(path, (xt - t[:, None] * x1) / (1 - t)[:, None], x1)
@@ -143,21 +144,20 @@ def corners(bank, xt, x1, labels):
     t, found = torch.full((9,), 0.5), bank.find(x1, first=ends(bank, labels)[:, 0])
     row = (found >= ends(bank, labels)[:, 0]) & (found < ends(bank, labels)[:, 1])
     assert 0 < row.sum() < 9
-    given = {"x1": x1, "prediction": Prediction("velocity"), "labels": labels, "source": None}
-    given |= {"class_wise": True, "named": True, "boundary": None, "dtype": torch.float64}
+    given = {"x1": x1, "prediction": Prediction("velocity"), "labels": labels, "class_wise": True}
     given |= {"on_missing": "error", "draws": Random(0)}
     oracle = Oracle(bank, engine=Read())
-    correction.by_kernel(Mix(), oracle, xt=xt, t=t, only=row, **given)
+    correction.by_kernel(Mix(), oracle, correction.Batch(xt=xt, t=t, only=row, **given))
     with pytest.raises(ValueError, match="to be a row of the bank"):
-        correction.by_kernel(Mix(), oracle, xt=xt, t=t, only=None, **given)
+        correction.by_kernel(Mix(), oracle, correction.Batch(xt=xt, t=t, **given))
     beyond = t.where(row, 1.5)  # refused for its time, in the next call
-    correction.by_kernel(Mix(), oracle, xt=xt, t=beyond, only=None, **given)
+    correction.by_kernel(Mix(), oracle, correction.Batch(xt=xt, t=beyond, **given))
     with pytest.raises(ValueError, match="`t` in"):
         bank.report(torch.full((1,), KNOWN))
     bank._unknown.clear()
     given["on_missing"] = "insert"
     clean = Oracle(bank, VPPath(), Read())  # whose velocity is infinite at t = 1
-    value = correction.by_kernel(Mix(), clean, xt=x1, t=t + 0.5, only=None, **given).value
+    value = correction.by_kernel(Mix(), clean, correction.Batch(xt=x1, t=t + 0.5, **given)).value
     assert (value[row] == 0).all()
     turned = torch.randn(5, 3, dtype=torch.float64).T
     scaled = fused_mix._scaled(turned, torch.arange(1.0, 4.0).double(), 0.0, torch.float64)
@@ -218,12 +218,11 @@ def test_as_the_exact_engine(interpreted):
 def test_samples_of_another_shape_reach_no_kernel():
     """Which would read and write beyond its tensors."""
     x = torch.randn(6, 3)
-    given = {"prediction": Prediction("velocity"), "labels": None, "source": None, "only": None}
-    given |= {"class_wise": False, "named": False, "boundary": None, "dtype": torch.float64}
-    given |= {"on_missing": "insert", "draws": Random(0), "t": torch.rand(2)}
+    given = {"prediction": Prediction("velocity"), "draws": Random(0), "t": torch.rand(2)}
     for xt, x1, name in ((x[:2, :2], x[:2], "xt"), (x[:2], x[:2, :2], "x1")):
+        batch = correction.Batch(xt=xt, x1=x1, **given)
         with pytest.raises(ValueError, match=rf"`{name}` with shape \('B', 3\)"):
-            correction.by_kernel(Mix(), Oracle(LatentBank(x)), xt=xt, x1=x1, **given)
+            correction.by_kernel(Mix(), Oracle(LatentBank(x)), batch)
 
 
 @pytest.mark.parametrize(

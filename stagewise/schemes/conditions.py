@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stagewise.bank.building import whole_labels
-from stagewise.masks import MaskedLabels
+from stagewise.masks import MaskedLabels, plain
 from stagewise.queries import Labels
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: b
     if not given and labelled is None:
         # Targets over all rows would be wrong for a model that is given classes.
         wise = any(scheme.class_wise for scheme in mixing)
-        unless = "If it is given nothing else, or ignores it, say so: class_wise=False."
-        unless = "StageScheme(timesteps=..., weight=...)." if wise else unless
+        cure = "If it is given nothing else, or ignores it, say so: class_wise=False."
+        unless = "StageScheme(timesteps=..., weight=...)." if wise else cure
         return (
             "the call of the network was not recognised, so it is not known what "
             "the model is conditioned on. Targets of the oracle are right for a model that is "
@@ -131,8 +131,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def has_classes(labels: Labels | None) -> bool:
     """Whether any sample has a class."""
-    if isinstance(labels, MaskedLabels):
-        labels = labels.labels
-    if isinstance(labels, list | tuple):
-        return any(label is not None for label in labels)
-    return labels is not None
+    given = plain(labels)
+    if isinstance(given, list | tuple):
+        return any(label is not None for label in given)
+    return given is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ from stagewise.bank.row_classes import KNOWN
 from stagewise.device_checks import require_all
 from stagewise.engines import fused, fused_mix
 from stagewise.engines.fused_path import coefficients
-from stagewise.masks import MaskedLabels, compared_within
+from stagewise.masks import MaskedLabels, compared_within, plain
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, expand_like
 from stagewise.posterior import upload
@@ -24,7 +24,7 @@ from stagewise.queries import Labels, checked_source, indices_of, require_shape
 from stagewise.schemes.refusals import check_rows
 from stagewise.targets import Mix, ReferenceSet, Target
 
-__all__ = ["Correction", "by_kernel", "correct", "runs_kernel"]
+__all__ = ["Batch", "Correction", "by_kernel", "correct", "runs_kernel"]
 
 
 class Correction(NamedTuple):
@@ -54,68 +54,55 @@ class Correction(NamedTuple):
         return Correction(*(x.masked_fill(~expand_like(only, x), 0) for x in self))
 
 
-def correct(
-    target: Target,
-    oracle: Oracle,
-    *,
-    xt: Tensor,
-    t: Tensor,
-    x1: Tensor,
-    prediction: Prediction,
-    draws: Random,
-    labels: Labels | None = None,
-    source: Tensor | None = None,
-    condition: Tensor | None = None,
-    class_wise: bool = False,
-    on_missing: Literal["insert", "error"] = "insert",
-    labels_of: Callable[[], Tensor | MaskedLabels | None] | None = None,
-    boundary: float | None = None,
-    only: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Correction:
-    """What a target adds to a batch; arguments as in `Scheme` and its `__call__`.
+@dataclass(frozen=True)
+class Batch:
+    """What a scheme is asked to correct, in the library's convention; see `Scheme` and its call.
 
-    `draws` chooses random rows, `labels_of` returns the classes of samples that are not rows,
-    `only`, (B,), bool, are the samples to correct, and `dtype` is that of the targets, in which a
-    kernel may return the value.
+    Attributes:
+        draws: Chooses random rows.
+        labels_of: Returns the classes of samples that are not rows.
+        only: The samples to correct, (B,), bool; None for all.
+        dtype: That of the targets, in which a kernel may return the value.
     """
+
+    xt: Tensor
+    t: Tensor
+    x1: Tensor
+    prediction: Prediction
+    draws: Random
+    labels: Labels | None = None
+    source: Tensor | None = None
+    condition: Tensor | None = None
+    class_wise: bool = False
+    on_missing: Literal["insert", "error"] = "insert"
+    labels_of: Callable[[], Tensor | MaskedLabels | None] | None = None
+    boundary: float | None = None
+    only: Tensor | None = None
+    dtype: torch.dtype = torch.float64
+
+
+def correct(target: Target, oracle: Oracle, batch: Batch) -> Correction:
+    """What a target adds to a batch."""
+    labels, only, class_wise = batch.labels, batch.only, batch.class_wise
     of_masks = isinstance(labels, MaskedLabels)
     # To compute all samples then costs less than a sync to select those with a lambda above 0.
-    cheap = (class_wise or of_masks) and stays_on_device(oracle, labels, x1, class_wise)
+    cheap = (class_wise or of_masks) and stays_on_device(oracle, labels, batch.x1, class_wise)
     cheap = cheap and not (of_masks and target.reads_rows)
-    if runs_kernel(target, oracle, labels, x1, class_wise):
-        own = None
-        if class_wise:
-            own = labels_of() if labels is None and labels_of is not None else labels
-        assert own is None or isinstance(own, Tensor)
-        part = by_kernel(
-            target,
-            oracle,
-            xt=xt,
-            t=t,
-            x1=x1,
-            prediction=prediction,
-            draws=draws,
-            labels=own,
-            class_wise=class_wise,
-            named=class_wise and labels is not None,
-            source=source,
-            on_missing=on_missing,
-            boundary=boundary,
-            only=only,
-            dtype=dtype,
-        )
+    if runs_kernel(target, oracle, labels, batch.x1, class_wise):
+        part = by_kernel(target, oracle, batch)
         if part is not None:
             return part if only is None else part.of(only)
-    every, lam, asked = x1, None, None
+    every, lam, asked = batch.x1, None, None
     if target.lam.sparse:
-        lam = target.lam(t.double(), None, oracle.path, boundary)
+        lam = target.lam(batch.t.double(), None, oracle.path, batch.boundary)
         only = lam > 0 if only is None else (lam > 0) & only
+    given: tuple[Any, ...] = (batch.xt, batch.t, batch.x1)
+    given += (labels, batch.source, batch.condition, lam)
     if only is not None and not cheap:
         asked = indices_of(only)
-        at = upload(asked, x1.device)
-        given = (xt, t, x1, labels, source, condition, lam)
-        xt, t, x1, labels, source, condition, lam = (_some(value, asked, at) for value in given)
+        at = upload(asked, every.device)
+        given = tuple(_some(value, asked, at) for value in given)
+    xt, t, x1, labels, source, condition, lam = given
     if not len(x1) and not oracle.engine.collective:
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
@@ -133,20 +120,20 @@ def correct(
             names = compared_within(labels, False)
             if class_wise:
                 on_device = cheap and not of_masks
-                names = _classes(oracle, row, labels, x1, labels_of, asked, on_device)
+                names = _classes(oracle, row, labels, x1, batch.labels_of, asked, on_device)
             queries = oracle.queries(xt, t, names, source, condition)
             if (class_wise or of_masks) and whole:
                 own, inside = torch.full_like(row, -1), queries.holds(row)
                 if class_wise and not (row.device.type == "cpu" and bool(inside.all())):
                     own = oracle.bank.find(x1, labels, weighed, queries.ends_on_device[:, 0])
                 row, stored = row.where(inside, own), stored.where(queries.holds(stored), own)
-        if on_missing == "error":
+        if batch.on_missing == "error":
             _require_found(row if only is None or not cheap else row.where(only, 0))
         queries = queries.made_from(x1.flatten(1).double(), stored, row)
-        mean = target.mean(oracle, queries, draws)
+        mean = target.mean(oracle, queries, batch.draws)
         if lam is None:
-            lam = target.lam(t.double(), mean.top1, oracle.path, boundary)
-        value = fused_mix.scaled(oracle.bank, queries, mean.difference, prediction, lam)
+            lam = target.lam(t.double(), mean.top1, oracle.path, batch.boundary)
+        value = fused_mix.scaled(oracle.bank, queries, mean.difference, batch.prediction, lam)
         value = value.reshape(x1.shape)
     # A draw from a smoothed set is not a row, and is not added to the set.
     inserted = (stored < 0) & (oracle.smoothing is None)
@@ -199,52 +186,41 @@ def runs_kernel(
     )
 
 
-def by_kernel(
-    target: Target,
-    oracle: Oracle,
-    *,
-    xt: Tensor,
-    t: Tensor,
-    x1: Tensor,
-    prediction: Prediction,
-    draws: Random,
-    labels: Tensor | None,
-    class_wise: bool,
-    named: bool,
-    source: Tensor | None,
-    on_missing: str,
-    boundary: float | None,
-    only: Tensor | None,
-    dtype: torch.dtype,
-) -> Correction | None:
+def by_kernel(target: Target, oracle: Oracle, batch: Batch) -> Correction | None:
     """`correct` by kernels, if `runs_kernel`; None if a kernel does not compile.
 
     Values out of range are reported to the bank, which refuses them when the device has found them.
-    With `named` the labels decide, otherwise only for an x_1 that is not a row.
     """
     assert isinstance(target, (Mix, ReferenceSet))
+    xt, t, x1, source, only = batch.xt, batch.t, batch.x1, batch.source, batch.only
     for name, x in (("xt", xt), ("x1", x1)):
         require_shape(oracle.bank, name, x)
-    labels = None if labels is None else whole_labels(labels, len(x1))
+    # Labels that are given decide, others only for an x_1 that is not a row.
+    labels, named = None, batch.class_wise and batch.labels is not None
+    if batch.class_wise:
+        labels = batch.labels if named or batch.labels_of is None else batch.labels_of()
+    if labels is not None:
+        assert isinstance(labels, Tensor)
+        labels = whole_labels(labels, len(x1))
     if source is not None:
         source = checked_source(source, len(x1), None).to(x1.device, torch.int64)
     double, lam = t.double(), None
     least = oracle.engine.sigma_floor(oracle.bank)
     path = coefficients(oracle.bank, oracle.path, t, x1.device, least)
     if target.lam.from_t:
-        lam = target.lam(double, None, oracle.path, boundary)
-    dtype = torch.float64 if lam is None else dtype
-    given = (oracle.bank, xt, t, x1, labels, source, path, prediction.of_data(path), lam)
-    kernels = partial(fused_mix.mixed, named=named, class_wise=class_wise, dtype=dtype)
-    found = fused.runs(kernels, *given, partial(target.posterior, oracle, draws))
+        lam = target.lam(double, None, oracle.path, batch.boundary)
+    dtype = torch.float64 if lam is None else batch.dtype
+    given = (oracle.bank, xt, t, x1, labels, source, path, batch.prediction.of_data(path), lam)
+    kernels = partial(fused_mix.mixed, named=named, class_wise=batch.class_wise, dtype=dtype)
+    found = fused.runs(kernels, *given, partial(target.posterior, oracle, batch.draws))
     if found is None:
         return None
     oracle.bank.report(found.wrong)
     value = found.value
     if lam is None:
-        lam = target.lam(double, found.top1, oracle.path, boundary)
+        lam = target.lam(double, found.top1, oracle.path, batch.boundary)
         value = expand_like(lam, value) * value
-    if on_missing == "error":
+    if batch.on_missing == "error":
         asked = found.wrong == KNOWN  # others are refused with their reason, in the next call
         asked = asked & (lam > 0) if target.lam.sparse else asked
         _require_found(found.row.where(asked if only is None else asked & only, 0))
@@ -296,25 +272,17 @@ def _lacks(labels: Labels | None, oracle: Oracle) -> bool:
 
 def _undropped(oracle: Oracle, labels: Labels | None, x1: Tensor) -> Labels | None:
     """Labels on the host, with the class of the row for a dropped label (as `place` does)."""
-    if isinstance(labels, MaskedLabels):
-        pairs, given = oracle.bank.pairs, labels.labels
-        if pairs is None or not isinstance(given, Tensor) or given.device.type != "cpu":
-            return labels
-        gone = ~torch.isin(given, known := torch.as_tensor(pairs.labels))
-        if not gone.any():
-            return labels
-        row = oracle.bank.find(x1, labels).cpu()
-        own = known[oracle.bank.segments_at(row.clamp_min(0).tolist())].to(given)
-        return replace(labels, labels=own.where(gone & (row >= 0), given))
-    if not isinstance(labels, Tensor) or labels.device.type != "cpu":
+    bank, given, masks = oracle.bank, plain(labels), isinstance(labels, MaskedLabels)
+    if not isinstance(given, Tensor) or given.device.type != "cpu" or masks == (bank.pairs is None):
         return labels
-    table, labels = oracle.bank.class_table(labels.device), labels.reshape(-1)
-    gone = ~torch.isin(labels, table[:, 0])
-    if not gone.any():
-        return labels
-    row = oracle.bank.find(x1).cpu()
-    own = table[torch.searchsorted(table[:, 2].contiguous(), row.clamp_min(0), right=True), 0]
-    return own.to(labels).where(gone & (row >= 0), labels)
+    given = given.reshape(-1)
+    known = torch.as_tensor(bank.classes if bank.pairs is None else bank.pairs.labels)
+    gone = ~torch.isin(given, known)
+    if gone.any():
+        row = bank.find(x1, labels if masks else None).cpu()
+        own = known[bank.segments_at(row.clamp_min(0).tolist())].to(given)
+        given = own.where(gone & (row >= 0), given)
+    return replace(labels, labels=given) if isinstance(labels, MaskedLabels) else given
 
 
 def _classes(

@@ -106,15 +106,13 @@ def check_samples(
     mixes: bool,
     said: tuple[str, str, str] = _SAID,
 ) -> bool:
-    """Refuses samples and targets that do not fit the path; see the module.
+    """Refuses samples and targets, in the `convention`, that do not fit the path; see the module.
 
-    `y` and `time` are in the `convention`. `mixes`: whether the oracle enters the target, so that
-    `x_0` must be standard normal. `said`: code for another prediction, for another convention, and
-    the cure for a target with extra terms. Numbers outside the masks of `labels` do not count.
+    `mixes`: whether the oracle enters the target, so that `x_0` must be standard normal. `said`:
+    code for another prediction, for another convention, and the cure for a target with extra terms.
 
-    Returns:
-        Whether later calls need no check: these samples could be checked, which needs a sigma above
-        rounding; or they are on an accelerator, where each check costs a sync.
+    Returns whether later calls need no check: these samples could be checked, which needs a sigma
+    above rounding; or they are on an accelerator, where each check costs a sync.
     """
     once = xt.device.type != "cpu"
     if isinstance(labels, MaskedLabels):

@@ -160,10 +160,7 @@ class Phases(Shared):
         """Measures the boundary with the first oracle, and sets it as `set_boundary`."""
         schemes = [phase.scheme for phase in self.phases]
         able = next((each for each in schemes if each.oracle or each.smoothing), schemes[0])
-        own = able.state_dict()
-        boundary = able.measure_boundary(seed)
-        if own["boundary"] is not None:
-            able.load_state_dict(own)
+        boundary = able.measured(seed)
         self.set_boundary(boundary)
         return boundary
 

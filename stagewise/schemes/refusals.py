@@ -130,8 +130,8 @@ def check_labels(
 ) -> None:
     """Refuses labels, (B,), that differ from those of their rows, `own`, (B,), negative if unknown.
 
-    `null` means no class; `classes` are those of the bank. If all wrong labels are one number that
-    is not a class, and others are right, it means dropped labels (classifier-free guidance).
+    If all wrong labels are one number that is none of the bank's `classes`, and others are right,
+    it means dropped labels (classifier-free guidance), as `null` does.
     """
     labels = labels.reshape(-1).to(own)
     off = (labels != own) & (own >= 0)
@@ -204,12 +204,9 @@ def check_rows(
     from the bank's centre is more than 1.5 times that of the median row, and above that of 99 % of
     the rows; or below in the same way. Augmented and resampled samples are not so far off.
 
-    With `known` the samples have sources, and there is no warning. With `shard` the bank is a part
-    of one, and samples are not looked up. With `near` a sample that nearly equals a row is that row
-    (`LatentBank.find_near`). A row with another `condition` is another row.
-
-    Returns:
-        A warning with the share of samples that are no rows, or None.
+    Returns a warning with the share of samples that are no rows, or None: none for samples that are
+    `known` by their sources, or a bank that is a `shard`, in which samples are not looked up. With
+    `near` a sample that nearly equals a row is that row; one with another `condition` is none.
     """
     missing = torch.ones(len(x1), dtype=torch.bool)
     if not shard:
@@ -231,7 +228,6 @@ def check_rows(
         )
     if shard or known:
         return None
-    off_by = ""
     if bank.origin:
         return (
             f"{share:.0%} of the samples in the first step are not those that the reservoir took "
@@ -247,9 +243,8 @@ def check_rows(
             "observations? Give the bank a row for each, LatentBank(x, conditions=c), or the "
             "`source` of each sample (`stagewise.sources`), which then replaces its row."
         )
-    if bank.pairs is None:
-        gap = distance_from_rows(bank, others)
-        off_by = f": the nearest row is off by {gap:.0%} of their norm"
+    gap = "" if bank.pairs is not None else f"{distance_from_rows(bank, others):.0%} of their norm"
+    off_by = gap and f": the nearest row is off by {gap}"
     return (
         f"{share:.0%} of the samples in the first step are no rows of the bank, and each of them "
         f"is added to its rows{off_by}. Flips, augmentation, another VAE sample or another data "

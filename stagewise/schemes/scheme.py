@@ -9,6 +9,7 @@ from `stagewise.weights`, times `p(t) / q(t)`, p uniform, to keep the objective 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any, Literal
@@ -21,9 +22,9 @@ from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path
 from stagewise.masks import cut
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
-from stagewise.queries import Labels, Times, as_times, check_times, require_tensors
+from stagewise.queries import Labels, Times, as_times, check_times, require_like, require_tensors
 from stagewise.schemes.conditions import has_classes, unknown_conditions
-from stagewise.schemes.correction import Correction, correct, runs_kernel
+from stagewise.schemes.correction import Batch, Correction, correct, runs_kernel
 from stagewise.schemes.first_call import check_first
 from stagewise.schemes.refusals import check_density, check_settings, near_rows
 from stagewise.schemes.sources import told_sources
@@ -234,10 +235,7 @@ class Scheme(SchemeState):
             TypeError: If they are not tensors.
         """
         require_tensors(y=y, xt=xt, x1=x1)
-        if y.shape != x1.shape:
-            raise ValueError(
-                f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
-            )
+        require_like("y", y, "x1", x1)
         if self.paused:
             return y, torch.ones_like(as_times(t, x1), dtype=torch.float32)
         prediction = Prediction.of(prediction or self.convention.prediction)
@@ -253,7 +251,7 @@ class Scheme(SchemeState):
             *(y, xt, t, x1, prediction), labels=labels, source=source, condition=condition
         )
         weight = self._weight(t)
-        self._count_call()
+        self._wait(1)
         self.last = SchemeRecord(
             t=t.detach(),
             x1=self._as_rows(x1.detach(), labels)[0],
@@ -324,10 +322,7 @@ class Scheme(SchemeState):
     ) -> tuple[Tensor, Correction]:
         """The times, (B,), and what is added to a target, both in the library's convention."""
         self._check_once()
-        if x1.shape != xt.shape:
-            raise ValueError(
-                f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
-            )
+        require_like("x1", x1, "xt", xt)
         time = as_times(t, xt)
         labels = known.get("labels")
         if time.shape == xt.shape[:1]:
@@ -349,14 +344,8 @@ class Scheme(SchemeState):
         given = xt
         xt = self._as_rows(xt.detach(), labels)[0]
         x1, known["labels"] = self._as_rows(x1.detach(), labels)
-        ask: Callable[..., Correction] = partial(
-            correct,
-            self.target,
-            xt=xt,
-            t=t.detach(),
-            x1=x1,
-            prediction=prediction,
-            draws=self._random(self._calls),
+        batch = Batch(
+            *(xt, t.detach(), x1, prediction, self._random(self._calls)),
             **known,
             class_wise=self.class_wise,
             on_missing=self.on_missing,
@@ -365,12 +354,16 @@ class Scheme(SchemeState):
             dtype=(x1 if y is None else y).dtype,
         )
         if around is None:
-            added = ask(self.oracle)
+            added = correct(self.target, self.oracle, batch)
             return t, added._replace(value=cut(added.value, self.oracle.bank.shape, given))
         assert self.drawn is not None
         # Smoothed samples get targets of the smoothed set.
         smoothed = self.drawn.strength > 0
-        parts = (ask(self.oracle, only=~smoothed), ask(around, only=smoothed))
+        of_rows, of_smoothed = replace(batch, only=~smoothed), replace(batch, only=smoothed)
+        parts = (
+            correct(self.target, self.oracle, of_rows),
+            correct(self.target, around, of_smoothed),
+        )
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
 
     def check(self, total: int | None = None) -> None:
@@ -386,5 +379,5 @@ class Scheme(SchemeState):
             around = self._around
             self.target.check(self.oracle if around is None else around)
         if self.preserve_objective:
-            check_density(self.timesteps, None if self.weight is None else self._bound_weight())
+            check_density(self.timesteps, self._bound_weight())
         self._checked = True

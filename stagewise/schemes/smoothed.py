@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stagewise.device_checks import require_all
 from stagewise.lambdas import Hard
 from stagewise.oracle import Oracle
 from stagewise.paths import Path
@@ -38,18 +39,10 @@ class SmoothedSamples(NamedTuple):
 
 
 class Smoothed:
-    """Draws from a smoothing with a strength that depends on t.
+    """Draws from a smoothing with a strength that depends on t, and keeps the last draw.
 
-    The collapsed boundary belongs to the scheme, which passes it to the methods; it is None as long
-    as it is not known.
-
-    Args:
-        smoothing: The Gaussians around the rows.
-        strength: A function from t, (B,), to the strength, (B,), in [0, 1]. None: the strength is 0
-            before the collapsed boundary, and 1 from it on.
-
-    Attributes:
-        drawn: The samples of the last draw; None before the first.
+    Without a `strength` it is 0 before the collapsed boundary, and 1 from it on. That boundary is
+    the scheme's, which passes it to the methods.
     """
 
     def __init__(self, smoothing: Smoothing, strength: Strength | None) -> None:
@@ -72,18 +65,9 @@ class Smoothed:
         seed: int,
         collapsed: float | None,
     ) -> Tensor:
-        """Draws around the rows of `x1`, (B, *).
+        """Draws around rows as `Smoothing.draw`; refuses samples that it has drawn itself.
 
-        Args:
-            x1: Samples, (B, *).
-            t: The time of each, (B,), 0 is noise.
-            told: The same times as the caller counts them, (B,).
-            source: The row of each, (B,); None: looked up.
-            seed: Seed of the draw.
-            collapsed: The collapsed boundary, or None.
-
-        Raises:
-            ValueError: If the samples are smoothed already; else as `Smoothing.draw`.
+        `told` are the times `t`, (B,), as the caller counts them.
         """
         if self.drawn is not None and x1 is self.drawn.x1:
             raise ValueError(
@@ -108,16 +92,15 @@ class Smoothed:
                 "x1 = scheme.smooth(x1, t=t); xt = scheme.path.interpolate(x0, x1, t)."
             )
         if first:
-            same = ((as_times(t, x1) - self.drawn.t).abs() < 0.01).all()
-            message = "Expected the times `t` that the samples were smoothed at"
-            if same.device.type != "cpu" or type(same) is not Tensor:
-                torch._assert_async(same, message)
-            elif not same:
-                raise ValueError(
-                    f"{message}, got other times. Draw t once: t = scheme.timesteps.sample("
-                    "len(x1)); x1 = scheme.smooth(x1, t=t); xt = scheme.path.interpolate(x0, x1, "
-                    "t); u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
-                )
+            require_all(
+                (as_times(t, x1) - self.drawn.t).abs() < 0.01,
+                "Expected the times `t` that the samples were smoothed at",
+                lambda: (
+                    ", got other times. Draw t once: t = scheme.timesteps.sample(len(x1)); "
+                    "x1 = scheme.smooth(x1, t=t); xt = scheme.path.interpolate(x0, x1, t); "
+                    "u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
+                ),
+            )
         return self.drawn.source if source is None else source
 
     def meets(self, target: Target | None) -> bool:

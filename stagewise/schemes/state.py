@@ -26,12 +26,12 @@ from stagewise.stages import StageBoundary, StageCurve, require_whole_bank
 from stagewise.targets import Target
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.tracing import caller_level, untraced
-from stagewise.weights import Weight
+from stagewise.weights import Weight, weights_at
 
 __all__ = ["SchemeRecord", "SchemeState", "Shared"]
 
-_STEPS, _CALLS = 20, 1000
-"""Observed steps, and calls, within which an adaptive sampler must get losses."""
+_CALLS = 1000
+"""Within which an adaptive sampler must get losses; an observed step counts like 50."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Shared:
 class SchemeState(Shared):
     """The parts of a `Scheme` that depend on its run."""
 
+    _patience: float = math.inf  # calls until it warns that losses are missing
+
     def __init__(
         self,
         oracle: Oracle | None,
@@ -104,8 +106,7 @@ class SchemeState(Shared):
         self._sampler = self._bound = timesteps or Uniform()
         self._step = self._calls = self._draws = 0
         self._checked = False
-        self._waits_for_losses = bool(self.needs_losses)
-        self._untold_steps = self._untold_calls = 0
+        self._patience = _CALLS if self.needs_losses else math.inf
 
     @property
     def class_wise(self) -> bool:
@@ -210,6 +211,12 @@ class SchemeState(Shared):
         The queries depend on `seed`; global generators are not used. Raises a ValueError without an
         oracle, or if its bank is spread over ranks.
         """
+        boundary = self.measured(seed)
+        self.set_boundary(boundary)
+        return boundary
+
+    def measured(self, seed: int) -> StageBoundary:
+        """The boundary that `measure_boundary` sets."""
         oracle = self.oracle
         if self.smoothing is not None and (oracle is None or oracle.smoothing is not None):
             oracle = Oracle(self.smoothing.bank, self.path)  # the stages are those of the rows
@@ -220,9 +227,7 @@ class SchemeState(Shared):
             )
         require_whole_bank(oracle)
         curve = StageCurve.measure(oracle, seed=seed, class_wise=self.class_wise)
-        boundary = curve.boundary(seed=seed)
-        self.set_boundary(boundary)
-        return boundary
+        return curve.boundary(seed=seed)
 
     def require_boundary(self) -> None:
         """Raises a ValueError with the cure if something depends on a boundary that is unknown."""
@@ -252,19 +257,14 @@ class SchemeState(Shared):
     @torch.no_grad()
     def _weight(self, t: Tensor) -> Tensor:
         self._check_once()
-        weight = torch.ones_like(t) if self.weight is None else self._bound_weight()(t)
-        if weight.shape != t.shape:
-            raise ValueError(
-                f"Expected `weight(t)` with shape {tuple(t.shape)}, got {tuple(weight.shape)}."
-            )
+        weight = weights_at(self._bound_weight(), t)
         if self.preserve_objective:
             kept = self.timesteps.importance_weight(t) * weight
             # Times without weight need no draws.
             weight = torch.where(weight > 0, kept, weight)
         return weight.to(t.dtype)
 
-    def _bound_weight(self) -> Callable[[Tensor], Tensor]:
-        assert self.weight is not None
+    def _bound_weight(self) -> Callable[[Tensor], Tensor] | None:
         if not isinstance(self.weight, Weight):
             return self.weight
         if self.weight.needs_boundary:
@@ -309,26 +309,21 @@ class SchemeState(Shared):
         self._step, self._calls, self._draws = step, 0, 0
         if t is not None and loss is not None:
             self._bound.update(self.convention.to_t(t), loss)
-            self._waits_for_losses = False
-        elif self._waits_for_losses:
-            self._untold_steps += 1
-            self._warn_if(self._untold_steps == _STEPS, level=3)
+            self._patience = math.inf
+        else:
+            self._wait(50, level=3)
         return []
 
-    def _count_call(self) -> None:
-        if self._waits_for_losses:
-            self._untold_calls += 1
-            self._warn_if(self._untold_calls == _CALLS, level=caller_level() + 1)
-
-    def _warn_if(self, late: bool, level: int) -> None:
-        if not late:
+    def _wait(self, calls: int, level: int | None = None) -> None:
+        self._patience -= calls
+        if self._patience > 0:
             return
-        self._waits_for_losses = False
+        self._patience = math.inf
         warnings.warn(
             f"{self._sampler!r} adapts to losses and got none: its draws do not change. After each "
             "step call scheme.observe(step=..., total=..., t=..., loss=...), with the times and "
             "the losses of its samples.",
-            stacklevel=level,
+            stacklevel=level or caller_level(),
         )
 
     # -- checkpoints and copies ----------------------------------------------------------------

@@ -121,13 +121,12 @@ class Facts:
         return self.boundary.midpoint, self.boundary.collapsed
 
     @property
-    def crossings(self) -> list[tuple[str, str]]:
+    def crossings(self) -> dict[str, tuple[str, str]]:
         """Midpoint and collapsed boundary, each with its interval, in words."""
         b = self.boundary
-        return [
-            (time_of(b.midpoint), span(b.midpoint_low, b.midpoint_high, time_of)),
-            (time_of(b.collapsed), span(b.collapsed_low, b.collapsed_high, time_of)),
-        ]
+        middle = time_of(b.midpoint), span(b.midpoint_low, b.midpoint_high, time_of)
+        late = time_of(b.collapsed), span(b.collapsed_low, b.collapsed_high, time_of)
+        return {"navigation ends at t": middle, "refinement begins at t": late}
 
     @property
     def stage_edges(self) -> list[float]:
@@ -201,12 +200,6 @@ class Facts:
             return None  # since the first steps every error has fallen
         return after / before - 1, early["step"]
 
-    @property
-    def still_falls(self) -> bool | None:
-        """Whether the error above the floor in navigation still falls; None if unknown."""
-        trend = self.trend(STAGES[0])
-        return None if trend is None else trend[0] < -FLAT
-
     def smoothing(self) -> SmoothingForecast | None:
         """What smoothing can gain, by the last probe; None if unknown."""
         if self.last is None or not self.last.get("gap"):
@@ -239,6 +232,14 @@ class Facts:
         """The probes of copies among samples of the model."""
         found = self.run.of("memorization_probe") or self.run.of("guard_probe")
         return [probe for probe in found if probe.get("copies")]
+
+    @property
+    def share_of_copies(self) -> tuple[str, str]:
+        """The share of copies at the last probe, and its interval, in words."""
+        if not self.samples:
+            return "–", ""
+        share, low, high = (self.samples[-1][key][0] for key in ("copies", "low", "high"))
+        return even([share, low, high], 2)[0], span(low, high)
 
     @property
     def guarded(self) -> list[Event]:

@@ -66,10 +66,9 @@ def _samples(facts: Facts) -> str:
             "Training samples (left) and generated samples after training (right), one row for "
             "each class. For copies of training rows see Memorization.",
         )
-    for kind in ("memorization_probe", "guard_probe"):
-        if (path := facts.run.picture(kind, "samples")) is not None:
-            about = "Generated samples, at the step over the picture, beside their nearest rows."
-            return stored(path, f"{about} At step {facts.samples[-1]['step']}: {copied(facts)}.")
+    if path := facts.run.picture("memorization_probe", "samples"):
+        about = "Generated samples, at the step over the picture, beside their nearest rows."
+        return stored(path, f"{about} At step {facts.samples[-1]['step']}: {copied(facts)}.")
     argument = "decode=..." if facts.samples else ""
     return missing("Pictures of samples", f"MemorizationMonitor({argument})")
 
@@ -187,7 +186,7 @@ def _definition(facts: Facts) -> str:
     """The definition of the boundary, and where it is."""
     midpoint, collapsed = (
         ("not reached" if t == "–" else f"t = {t}") + (interval and f" (95 % interval {interval})")
-        for t, interval in facts.crossings
+        for t, interval in facts.crossings.values()
     )
     return (
         "Navigation ends at the midpoint, where the mean largest posterior weight crosses 0.5: "

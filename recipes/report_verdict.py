@@ -54,7 +54,7 @@ def _learning(facts: Facts) -> str:
     excess = facts.stage(facts.last, _NAVIGATION, "excess")
     above = f"its error is {percent(excess)} above the floor" if math.isfinite(excess) else ""
     event, trend = facts.noticed("navigation learned"), facts.trend(_NAVIGATION)
-    if facts.still_falls and trend is not None:
+    if trend is not None and trend[0] < -FLAT:
         fell = f"the error above the floor fell by {percent(-trend[0])} since step {trend[1]}"
         return f"navigation still improves ({fell})"
     if event is not None:
@@ -157,7 +157,7 @@ def _memorization(facts: Facts) -> Advice | None:
 
 def _longer(facts: Facts) -> Advice | None:
     trend = facts.trend(_NAVIGATION)
-    if not facts.still_falls or trend is None or facts.best_held_out() is not None:
+    if trend is None or trend[0] >= -FLAT or facts.best_held_out() is not None:
         return None
     why = f"The error above the floor in navigation fell by {percent(-trend[0])} from step "
     why += f"{trend[1]} to the end"

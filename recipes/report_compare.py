@@ -56,10 +56,9 @@ def _short(value: Any) -> str:
 
 
 def _alike(values: list[Any]) -> bool:
-    first = values[0]
-    if isinstance(first, float):
-        return all(math.isclose(first, value, rel_tol=1e-3) for value in values)
-    return all(value == first for value in values)
+    one = values[0]
+    close = isinstance(one, float)
+    return all(math.isclose(one, x, rel_tol=1e-3) if close else one == x for x in values)
 
 
 def compared(runs: Mapping[str, Facts], title: str) -> list[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from stagewise.forecast import SmoothingForecast, forecast_smoothing
-from stagewise.recipes.run_files import Event, RunFiles, flat
+from stagewise.recipes.run_files import Event, RunFiles, flat, stage_bounds
 from stagewise.velocity_probe import STAGES
 
 __all__ = ["FLAT", "NOTHING", "Facts", "Value", "even", "number", "percent", "span", "time_of"]
@@ -129,10 +130,9 @@ class Facts:
         return {"navigation ends at t": middle, "refinement begins at t": late}
 
     @property
-    def stage_edges(self) -> list[float]:
+    def spans(self) -> dict[str, tuple[float, float]]:
         """The times between which each stage lies."""
-        middle, late = (1.0 if math.isnan(t) else t for t in self.ends)
-        return [0.0, middle, max(middle, late), 1.0]
+        return dict(zip(STAGES, pairwise(stage_bounds(self.boundary)), strict=True))
 
     # -- the model ----------------------------------------------------------------------------
 
@@ -179,12 +179,10 @@ class Facts:
 
     def shares(self, probe: Event) -> dict[str, float]:
         """The share of each stage in the oracle error over all t."""
-        edges = self.stage_edges
-        widths = [high - low for low, high in zip(edges, edges[1:], strict=False)]
         parts = {
-            stage: width * self.stage(probe, stage, "oracle")
-            for stage, width in zip(STAGES, widths, strict=True)
-            if width > 0
+            stage: (high - low) * self.stage(probe, stage, "oracle")
+            for stage, (low, high) in self.spans.items()
+            if low < high
         }
         return {stage: part / sum(parts.values()) for stage, part in parts.items()}
 
@@ -206,7 +204,7 @@ class Facts:
             return None
         train = {"conditional": _numbers(self.last["train"]["conditional"])}
         probe = {"train": train, **{key: _numbers(self.last[key]) for key in ("gap", "gap_se")}}
-        return forecast_smoothing(probe, self.edges, self.stage_edges[2])
+        return forecast_smoothing(probe, self.edges, self.spans[STAGES[2]][0])
 
     def best_held_out(self) -> tuple[Event, float] | None:
         """The probe of the lowest held-out error, and its relative rise since then.

@@ -86,16 +86,13 @@ def _stopped(facts: Facts) -> list[str]:
     last = (facts.probes or facts.samples or [{}])[-1]
     if not facts.planned or last.get("at_end") or facts.step >= facts.planned:
         return []
+    measured = f"The last measurement is of step {facts.step} of {facts.planned}"
     if not last:
-        return [
-            f"The last measurement is of step {facts.step} of {facts.planned}. These files do not "
-            "tell whether the run reached its end."
-        ]
+        return [f"{measured}. These files do not tell whether the run reached its end."]
     place = shlex.quote(str(facts.run.folder))
     return [
-        f"The last measurement is of step {facts.step} of {facts.planned}: the run was stopped "
-        "before its end, or is still running. To continue it, repeat its command with "
-        f"run_dir={place} resume=true."
+        f"{measured}: the run was stopped before its end, or is still running. To continue it, "
+        f"repeat its command with run_dir={place} resume=true."
     ]
 
 

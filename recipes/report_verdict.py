@@ -49,7 +49,7 @@ def verdict(facts: Facts) -> str:
 def _learning(facts: Facts) -> str:
     if facts.last is None:
         return "how well navigation is learned was not measured"
-    if not facts.stage_edges[1] > 0:
+    if not facts.spans[_NAVIGATION][1] > 0:
         return "there is no navigation to learn, since one row explains a noisy sample at all t"
     excess = facts.stage(facts.last, _NAVIGATION, "excess")
     above = f"its error is {percent(excess)} above the floor" if math.isfinite(excess) else ""
@@ -167,7 +167,7 @@ def _longer(facts: Facts) -> Advice | None:
 
 
 def _times(facts: Facts) -> Advice | None:
-    width = facts.stage_edges[1]
+    _, width = facts.spans[_NAVIGATION]
     if not facts.windows or not facts.boundary.midpoint > 0:
         return None
     draws = facts.windows[-1]["stages"][_NAVIGATION]["draws"]

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from stagewise.binned_sums import BinnedSums
 from stagewise.callbacks import PosteriorMonitor
@@ -32,7 +32,7 @@ from stagewise.callbacks.drawing import (
 from stagewise.callbacks.writer import show_pictures
 from stagewise.paths import Prediction
 from stagewise.recipes.module import FlowMatchingModule
-from stagewise.recipes.run_files import boundary_of, read_run
+from stagewise.recipes.run_files import boundary_of, read_run, stage_bounds
 from stagewise.sampling import guided, integration_range, sample
 from stagewise.stages import StageBoundary, StageCurve
 from stagewise.velocity_probe import STAGES
@@ -61,11 +61,10 @@ def loss_by_time(
     t = (torch.arange(queries) + torch.rand(queries, generator=generator)) / queries
     losses = []
     for at in torch.arange(queries).split(256):
-        items = [dataset[int(row)] for row in rows[at]]
-        x1 = torch.stack([item[0] for item in items])
-        x0 = torch.randn(x1.shape, generator=generator).to(module.device)
-        labels = torch.stack([torch.as_tensor(item[1]) for item in items]).to(module.device)
-        module.objective(module.net, x1.to(module.device), labels, x0=x0, t=t[at].to(module.device))
+        x1, labels = default_collate([dataset[int(row)][:2] for row in rows[at]])
+        x0 = torch.randn(x1.shape, generator=generator)
+        x1, labels, x0, times = (x.to(module.device) for x in (x1, labels, x0, t[at]))
+        module.objective(module.net, x1, labels, x0=x0, t=times)
         assert module.objective.last is not None
         losses.append(module.objective.last.loss.cpu())
     return t, torch.cat(losses)
@@ -106,10 +105,8 @@ def stage_table(
     """
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     between = np.interp(grid.numpy(), floor[0].numpy(), floor[1].mean(1).numpy())
-    late = 1.0 if math.isnan(boundary.collapsed) else boundary.collapsed
-    middle = 1.0 if math.isnan(boundary.midpoint) else boundary.midpoint
     rows = []
-    for names, edges in ((STAGES, [0.0, middle, max(middle, late), 1.0]), (("all t",), [0.0, 1.0])):
+    for names, edges in ((STAGES, stage_bounds(boundary)), (("all t",), [0.0, 1.0])):
         one, error = _means(train, edges)
         other, more = ([math.nan] * 3,) * 2 if held_out is None else _means(held_out, edges)
         floors, _ = _means((grid, torch.from_numpy(between)), edges)
@@ -205,7 +202,7 @@ def sample_grid(real: Tensor, generated: Tensor, names: Sequence[str], title: st
 def _samples(
     module: FlowMatchingModule,
     data: Any,
-    per_class: int,
+    samples_per_class: int,
     cfg_scale: float,
     cfg_channels: int | None,
     method: str,
@@ -215,16 +212,16 @@ def _samples(
     names = data.class_names
     classes = torch.linspace(0, len(names) - 1, min(len(names), _CLASSES)).round().int().tolist()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(classes) * per_class, *data.shape, generator=generator)
-    labels = torch.tensor(classes, device=module.device).repeat_interleave(per_class)
+    noise = torch.randn(len(classes) * samples_per_class, *data.shape, generator=generator)
+    labels = torch.tensor(classes, device=module.device).repeat_interleave(samples_per_class)
     given, null = module.velocity(labels), module.velocity(None)
     few = None if cfg_channels is None else min(cfg_channels, data.shape[0])
     field = guided(given, null, cfg_scale, channels=few)
     start, end = integration_range(module.objective.prediction)
     noise = noise.to(module.device)
     made = sample(field, noise, method=method, steps=steps, start=start, end=end)
-    made = made.reshape(len(classes), per_class, *data.shape).cpu()
-    real = data.examples(classes, per_class)
+    made = made.reshape(len(classes), samples_per_class, *data.shape).cpu()
+    real = data.examples(classes, samples_per_class)
     title = f"generated samples ({method}, {steps} steps, guidance {cfg_scale:g})"
     channels = real.shape[2]
     shown = [0, 1, 2] if channels >= 3 else [0, 0, 0]
@@ -245,17 +242,14 @@ def evaluate(
     run_dir: Path,
     *,
     queries: int,
-    samples_per_class: int,
-    cfg_scale: float,
-    cfg_channels: int | None,
-    method: str,
-    steps: int,
+    **sampling: Any,
 ) -> dict[str, Any]:
     """Prints the table, saves and logs the pictures, and returns `stages` and the mean losses.
 
     `data` has data sets `train` and `held_out` (or None), `class_names`, `shape` and a method
     `examples(classes, count)`. Without `monitor` there are no boundaries, and `stages` is empty.
-    `queries` counts the (sample, t) pairs of each split; the options after it are of the samples.
+    `queries` counts the (sample, t) pairs of each split. `sampling` is of the picture of samples:
+    samples_per_class, cfg_scale, cfg_channels, method, steps.
     """
     train, held_out = loss_by_time(module, data.train, queries), None
     curves = {"training samples": train}
@@ -272,8 +266,7 @@ def evaluate(
         _print_table(boundary, predicted, rows)
         draw_boundary(figure.axes[0], boundary, predicted)
     legend(figure)
-    samples = _samples(module, data, samples_per_class, cfg_scale, cfg_channels, method, steps)
-    pictures = {"loss_by_t": figure, "samples": samples}
+    pictures = {"loss_by_t": figure, "samples": _samples(module, data, **sampling)}
     show_pictures(pictures, "evaluation", run_dir, loggers, step)
     return {
         "stages": rows,

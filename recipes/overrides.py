@@ -80,10 +80,7 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        folder = files(_CONF) / group
-        found = [item.name for item in folder.iterdir()] if group and folder.is_dir() else []
-        known = [name.removesuffix(".yaml") for name in found if name.endswith(".yaml")]
-        if known:
+        if known := error.options:
             meant = did_you_mean(choice, known)
             return f"There is no {group}={choice}.{meant} There are: {', '.join(sorted(known))}."
     if match := re.match(r"Could not override '([^']+)'", text):

@@ -38,8 +38,7 @@ def _profiled(latents: Latents, name: str, options: argparse.Namespace) -> Profi
     if limit is not None and limit < len(fixed):
         chosen = rows_within(limit, len(fixed), labels if class_wise else None)
     bank = fixed.bank(dtype=DTYPES[options.dtype], indices=chosen)
-    about = {"class_wise": class_wise, "queries": options.queries, "seed": options.seed}
-    found = Profile.measure(bank, **about)
+    found = Profile.measure(bank, class_wise=class_wise, queries=options.queries, seed=options.seed)
     note = ""
     if chosen is not None:
         note = f"{len(chosen)} of {len(fixed)} rows, evenly spaced: with all rows the boundary is "
@@ -87,36 +86,30 @@ def parser() -> Parser:
             "sdvae --scale stats 0.18215 | stagewise profile latents.npy --no-class-wise"
         ),
     )
-    flags: dict[str, tuple[Any, Any, str]] = {  # (type, default, help)
-        "output": (Path, Path("profile"), "folder for PNG and JSON (%(default)s)"),
-        "limit": (int, None, "read at most so many rows: whole classes if class-wise, else evenly "
-                  "spaced rows"),
-        "format": (str, ["auto"], "one for both sets or one for each: %(choices)s; repa and edm2 "
-                   "must be given, since their files have the same names (auto)"),
-        "scale": (str, ["auto"], "scale of the rows, one for both sets or one for each: auto (that "
-                  "of the format), stats (LightningDiT's latents_stats.pt), or a factor, such as "
-                  "0.18215 for LightningDiT shards of Stable Diffusion's autoencoder"),
-        "expected-std": (float, None, "expected standard deviation of the scaled latents; others "
-                         "are refused (1, and 0.5 for edm2)"),
-        "queries": (int, 64, "queries in each of 24 strata of t (%(default)s)"),
-        "seed": (int, 0, "of the queries (%(default)s)"),
-        "dtype": (str, "float32", "of the bank (%(default)s)"),
-    }  # fmt: skip
-    more: dict[str, dict[str, Any]] = {
-        "dtype": {"choices": list(DTYPES)},
-        "scale": {"nargs": "+", "metavar": "SCALE"},
-        "format": {"nargs": "+", "choices": ["auto", *FORMATS], "metavar": "FORMAT"},
-    }
-    about = "one or two folders or files: LightningDiT, fast-DiT, REPA, EDM2, MAR, or one plain "
-    about += ".safetensors, .npy, .npz or .pt file"
-    made.add_argument("latents", nargs="+", type=Path, help=about)
-    for name, (kind, default, about) in flags.items():
-        made.add_argument(f"--{name}", type=kind, default=default, help=about, **more.get(name, {}))
-    yes_or_no = argparse.BooleanOptionalAction
-    about = "class-wise posterior (default: if there are labels)"
-    made.add_argument("--class-wise", action=yes_or_no, help=about)
-    about = "use stored flips as further rows"
-    made.add_argument("--flips", action="store_true", help=about)
+    add, formats = made.add_argument, ["auto", *FORMATS]
+    # fmt: off
+    add("latents", nargs="+", type=Path, help="one or two folders or files: LightningDiT, "
+        "fast-DiT, REPA, EDM2, MAR, or one plain .safetensors, .npy, .npz or .pt file")
+    add("--output", type=Path, default=Path("profile"), help="folder for PNG and JSON "
+        "(%(default)s)")
+    add("--limit", type=int, help="read at most so many rows: whole classes if class-wise, else "
+        "evenly spaced rows")
+    add("--format", nargs="+", default=["auto"], choices=formats, metavar="FORMAT", help="one for "
+        "both sets or one for each: %(choices)s; repa and edm2 must be given, since their files "
+        "have the same names (auto)")
+    add("--scale", nargs="+", default=["auto"], metavar="SCALE", help="scale of the rows, one for "
+        "both sets or one for each: auto (that of the format), stats (LightningDiT's "
+        "latents_stats.pt), or a factor, such as 0.18215 for LightningDiT shards of Stable "
+        "Diffusion's autoencoder")
+    add("--expected-std", type=float, help="expected standard deviation of the scaled latents; "
+        "others are refused (1, and 0.5 for edm2)")
+    add("--queries", type=int, default=64, help="queries in each of 24 strata of t (%(default)s)")
+    add("--seed", type=int, default=0, help="of the queries (%(default)s)")
+    add("--dtype", default="float32", choices=list(DTYPES), help="of the bank (%(default)s)")
+    add("--class-wise", action=argparse.BooleanOptionalAction, help="class-wise posterior "
+        "(default: if there are labels)")
+    add("--flips", action="store_true", help="use stored flips as further rows")
+    # fmt: on
     return made
 
 

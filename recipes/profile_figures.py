@@ -29,6 +29,7 @@ from stagewise.callbacks.drawing import (
 )
 from stagewise.callbacks.figures import draw_mean, draw_spread
 from stagewise.profile import Profile
+from stagewise.recipes.profile_report import shortened
 
 __all__ = ["comparison_figure", "profile_figure"]
 
@@ -49,7 +50,7 @@ def profile_figure(profile: Profile, title: str) -> Figure:
     strata, queries = profile.curve.t.shape
     about = f"{profile.shape}, {profile.classes or 'no'} classes, {over}"
     about += f"\n{counted(profile.rows, queries, strata)}"
-    figure.suptitle(f"{_short(title, 40)}: {about}", fontsize=11)
+    figure.suptitle(f"{shortened(title, 40)}: {about}", fontsize=11)
     rows = [["top1"] * 3 + ["ess"] * 3, ["target_difference"] * 2 + ["axes"] * 2 + ["sum"] * 2]
     cells: dict[str, Axes] = figure.subplot_mosaic(rows)  # type: ignore[arg-type]
     for name in _PANELS:
@@ -69,24 +70,25 @@ def profile_figure(profile: Profile, title: str) -> Figure:
 def comparison_figure(profiles: Mapping[str, Profile]) -> Figure:
     """Concentration, effective sample size, floor and spectrum of two sets, by name."""
     figure = new_figure(13, 9.4)
-    figure.suptitle(" and ".join(_short(name, 40) for name in profiles), fontsize=11)
+    figure.suptitle(" and ".join(shortened(name, 40) for name in profiles), fontsize=11)
     *panels, eigenvalues = figure.subplots(2, 2).flat
     wide = max(profiles.values(), key=lambda p: float(p.curve.times[-1] - p.curve.times[0]))
     for axes, statistic in zip(panels, _PANELS, strict=True):
         _over_time(axes, statistic, wide)
     lines = zip(profiles.items(), ((TRAIN, "-"), (HELD_OUT, "--")), strict=False)
     for (name, profile), (colour, dashes) in lines:
+        short = shortened(name, 28)
         boundary = profile.boundary
         strata, queries = profile.curve.t.shape
-        label = f"{_short(name)}: {counted(profile.rows, queries, strata)}"
+        label = f"{short}: {counted(profile.rows, queries, strata)}"
         for axes, statistic in zip(panels, _PANELS, strict=True):
             t, mean = profile.curve.times.numpy(), profile.curve.mean(statistic).numpy()
             axes.plot(t, mean, color=colour, ls=dashes, marker=".", lw=1.5, ms=4, label=label)
         if math.isfinite(boundary.midpoint):
             span = (boundary.midpoint_low, boundary.midpoint_high)
             panels[0].axvspan(*span, color=colour, alpha=0.18, lw=0)
-        mark_time(panels[0], boundary.midpoint, f"{_short(name)}: midpoint", color=colour, lw=1)
-        about = f"{_short(name)}: predicted"
+        mark_time(panels[0], boundary.midpoint, f"{short}: midpoint", color=colour, lw=1)
+        about = f"{short}: predicted"
         mark_time(panels[0], profile.predicted, about, color=colour, lw=1.2, ls="-.")
         _spectrum(eigenvalues, profile, colour, dashes)
     for axes, statistic in zip(panels, _PANELS, strict=True):
@@ -140,7 +142,3 @@ def _condition(axes: Axes, profile: Profile) -> None:
     axes.axhline(goal, color=TRAIN, lw=1.2, label=f"log N, N = {profile.spectrum_rows}")
     mark_time(axes, profile.predicted, "predicted", color=HELD_OUT, lw=1.2, ls="-.")
     axes.set_ylim(0, 3 * goal)
-
-
-def _short(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else f"...{name[3 - most :]}"

@@ -12,7 +12,7 @@ from stagewise.latents import Latents
 from stagewise.memory import format_bytes
 from stagewise.profile import Profile
 
-__all__ = ["Profiled", "comparison", "report"]
+__all__ = ["Profiled", "comparison", "report", "shortened"]
 
 _WIDTH = 100
 
@@ -84,7 +84,7 @@ def report(found: Profiled) -> str:
 
 def comparison(first: Profiled, second: Profiled) -> str:
     """Two sets side by side, as text."""
-    rows: list[tuple[str, str, str]] = [("", _tail(first.name, 34), _tail(second.name, 34))]
+    rows: list[tuple[str, str, str]] = [("", shortened(first.name), shortened(second.name))]
 
     def add(name: str, value: Any) -> None:
         rows.append((name, value(first.profile), value(second.profile)))
@@ -159,5 +159,6 @@ def _wrap(text: str, first: str = "") -> list[str]:
     ) or [first.rstrip()]
 
 
-def _tail(name: str, most: int) -> str:
-    return name if len(name) < most else f"...{name[4 - most :]}"
+def shortened(name: str, most: int = 33) -> str:
+    """A name, or its end."""
+    return name if len(name) <= most else f"...{name[3 - most :]}"

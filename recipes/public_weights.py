@@ -9,12 +9,8 @@ Both publish checkpoints in one layout. Three things differ from ours:
                 must be the same
 
 Both predict dx/dt with noise at t = 0 and data at t = 1, as this library does. The tests compare
-with the formulas of the public code, not with the published files.
-
-References:
-    Ma et al., SiT, https://arxiv.org/abs/2401.08740, code https://github.com/willisma/SiT
-    Yao et al., LightningDiT, https://arxiv.org/abs/2501.01423, code
-    https://github.com/hustvl/LightningDiT
+with the formulas of the public code (https://github.com/willisma/SiT,
+https://github.com/hustvl/LightningDiT), not with the published files.
 """
 
 from __future__ import annotations

@@ -13,14 +13,7 @@ import numpy as np
 from stagewise.callbacks.velocity_figures import sizes_figure
 from stagewise.recipes import report_figures
 from stagewise.recipes.report_facts import Facts, Value, even, number, percent
-from stagewise.recipes.report_head import (
-    CROSSINGS,
-    data_of,
-    date_of,
-    model_of,
-    safely,
-    steps_of,
-)
+from stagewise.recipes.report_head import data_of, date_of, model_of, safely, steps_of
 from stagewise.recipes.report_html import definitions, drawn, paragraph, row, stored, table
 from stagewise.velocity_probe import STAGES
 
@@ -63,10 +56,9 @@ def _short(value: Any) -> str:
 
 
 def _alike(values: list[Any]) -> bool:
-    first = values[0]
-    if isinstance(first, float):
-        return all(math.isclose(first, value, rel_tol=1e-3) for value in values)
-    return all(value == first for value in values)
+    one = values[0]
+    close = isinstance(one, float)
+    return all(math.isclose(one, x, rel_tol=1e-3) if close else one == x for x in values)
 
 
 def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
@@ -106,11 +98,8 @@ def _picture(name: str, facts: Facts) -> str:
     whole = facts.run.folder / "samples.png"
     if whole.is_file():
         return stored(whole, f"{name}: training samples (left), generated samples (right)")
-    return stored(
-        facts.run.picture("memorization_probe", "samples")
-        or facts.run.picture("guard_probe", "samples"),
-        f"{name}: generated samples beside their nearest rows",
-    )
+    beside = facts.run.picture("memorization_probe", "samples")
+    return stored(beside, f"{name}: generated samples beside their nearest rows")
 
 
 def _warnings(runs: Mapping[str, Facts]) -> list[str]:
@@ -164,8 +153,8 @@ def _numbers(runs: Mapping[str, Facts], step: int) -> str:
     every = list(runs.values())
     add("parameters", [number(facts.parameters) for facts in every])
     add("last step", [number(facts.step) for facts in every])
-    for place, name in enumerate(CROSSINGS):
-        found = [facts.crossings[place] for facts in every]
+    for name in every[0].crossings:
+        found = [facts.crossings[name] for facts in every]
         add(name, [t + (interval and f" ({interval})") for t, interval in found])
     for name, split, key in (
         ("loss", "train", "conditional"),
@@ -177,38 +166,25 @@ def _numbers(runs: Mapping[str, Facts], step: int) -> str:
     for stage in STAGES:
         values = [facts.stage(facts.at(step), stage, "oracle") for facts in every]
         add(f"above the floor, {stage}", even(values))
-    add("share of copies", [_copies(facts) for facts in every])
+    found = [facts.share_of_copies for facts in every]
+    add("share of copies", [share + (interval and f" ({interval})") for share, interval in found])
     return table(["", *runs], rows)
-
-
-def _copies(facts: Facts) -> str:
-    if not facts.samples:
-        return "–"
-    last = facts.samples[-1]
-    share, *ends = even([last[key][0] for key in ("copies", "low", "high")], 2)
-    return share if "–" in ends else f"{share} ({ends[0]} to {ends[1]})"
 
 
 def _over_steps(runs: Mapping[str, Facts], step: int) -> str:
     found = {name: facts.at(step) for name, facts in runs.items()}
     probes = {name: probe for name, probe in found.items() if probe is not None}
     first = next(iter(runs.values()))
-    shown = [
-        drawn(
-            report_figures.excess_figure(
-                "Loss above the floor, all t", {name: (facts, None) for name, facts in runs.items()}
-            ),
-            "Both axes are logarithmic: without the floor a power law is a straight line. A model "
-            "whose line is flat has learned what it can at its learning rate.",
-        ),
-        drawn(
-            report_figures.excess_figure(
-                f"Loss above the floor, {STAGES[0]}",
-                {name: (facts, STAGES[0]) for name, facts in runs.items()},
-            ),
-            "The same in navigation, where the loss above the floor can still be learned.",
-        ),
-    ]
+    captions = {
+        None: "Both axes are logarithmic: without the floor a power law is a straight line. A "
+        "model whose line is flat has learned what it can at its learning rate.",
+        STAGES[0]: "The same in navigation, where the loss above the floor can still be learned.",
+    }
+    shown = []
+    for stage, caption in captions.items():
+        lines = {name: (facts, stage) for name, facts in runs.items()}
+        title = f"Loss above the floor, {stage or 'all t'}"
+        shown.append(drawn(report_figures.excess_figure(title, lines), caption))
     if any(facts.edges != first.edges for facts in runs.values()):
         return row(*shown) + paragraph("Errors by t are not drawn: the bins of t differ.", "dim")
     caption = "Where along t the runs differ, above the floor. Stages are those of the first run."

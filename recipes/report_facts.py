@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from stagewise.forecast import SmoothingForecast, forecast_smoothing
-from stagewise.recipes.run_files import Event, RunFiles, flat
+from stagewise.recipes.run_files import Event, RunFiles, flat, stage_bounds
 from stagewise.velocity_probe import STAGES
 
 __all__ = ["FLAT", "NOTHING", "Facts", "Value", "even", "number", "percent", "span", "time_of"]
@@ -121,19 +122,17 @@ class Facts:
         return self.boundary.midpoint, self.boundary.collapsed
 
     @property
-    def crossings(self) -> list[tuple[str, str]]:
+    def crossings(self) -> dict[str, tuple[str, str]]:
         """Midpoint and collapsed boundary, each with its interval, in words."""
         b = self.boundary
-        return [
-            (time_of(b.midpoint), span(b.midpoint_low, b.midpoint_high, time_of)),
-            (time_of(b.collapsed), span(b.collapsed_low, b.collapsed_high, time_of)),
-        ]
+        middle = time_of(b.midpoint), span(b.midpoint_low, b.midpoint_high, time_of)
+        late = time_of(b.collapsed), span(b.collapsed_low, b.collapsed_high, time_of)
+        return {"navigation ends at t": middle, "refinement begins at t": late}
 
     @property
-    def stage_edges(self) -> list[float]:
+    def spans(self) -> dict[str, tuple[float, float]]:
         """The times between which each stage lies."""
-        middle, late = (1.0 if math.isnan(t) else t for t in self.ends)
-        return [0.0, middle, max(middle, late), 1.0]
+        return dict(zip(STAGES, pairwise(stage_bounds(self.boundary)), strict=True))
 
     # -- the model ----------------------------------------------------------------------------
 
@@ -180,12 +179,10 @@ class Facts:
 
     def shares(self, probe: Event) -> dict[str, float]:
         """The share of each stage in the oracle error over all t."""
-        edges = self.stage_edges
-        widths = [high - low for low, high in zip(edges, edges[1:], strict=False)]
         parts = {
-            stage: width * self.stage(probe, stage, "oracle")
-            for stage, width in zip(STAGES, widths, strict=True)
-            if width > 0
+            stage: (high - low) * self.stage(probe, stage, "oracle")
+            for stage, (low, high) in self.spans.items()
+            if low < high
         }
         return {stage: part / sum(parts.values()) for stage, part in parts.items()}
 
@@ -201,19 +198,13 @@ class Facts:
             return None  # since the first steps every error has fallen
         return after / before - 1, early["step"]
 
-    @property
-    def still_falls(self) -> bool | None:
-        """Whether the error above the floor in navigation still falls; None if unknown."""
-        trend = self.trend(STAGES[0])
-        return None if trend is None else trend[0] < -FLAT
-
     def smoothing(self) -> SmoothingForecast | None:
         """What smoothing can gain, by the last probe; None if unknown."""
         if self.last is None or not self.last.get("gap"):
             return None
         train = {"conditional": _numbers(self.last["train"]["conditional"])}
         probe = {"train": train, **{key: _numbers(self.last[key]) for key in ("gap", "gap_se")}}
-        return forecast_smoothing(probe, self.edges, self.stage_edges[2])
+        return forecast_smoothing(probe, self.edges, self.spans[STAGES[2]][0])
 
     def best_held_out(self) -> tuple[Event, float] | None:
         """The probe of the lowest held-out error, and its relative rise since then.
@@ -239,6 +230,14 @@ class Facts:
         """The probes of copies among samples of the model."""
         found = self.run.of("memorization_probe") or self.run.of("guard_probe")
         return [probe for probe in found if probe.get("copies")]
+
+    @property
+    def share_of_copies(self) -> tuple[str, str]:
+        """The share of copies at the last probe, and its interval, in words."""
+        if not self.samples:
+            return "–", ""
+        share, low, high = (self.samples[-1][key][0] for key in ("copies", "low", "high"))
+        return even([share, low, high], 2)[0], span(low, high)
 
     @property
     def guarded(self) -> list[Event]:

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from html import escape
 from typing import TypeVar
 
-from stagewise.recipes.report_facts import Facts, even, number, percent
+from stagewise.recipes.report_facts import Facts, number, percent
 from stagewise.recipes.report_html import definitions, paragraph, tile
 from stagewise.recipes.report_verdict import verdict
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["CROSSINGS", "data_of", "date_of", "head", "model_of", "safely", "steps_of"]
-
-CROSSINGS = ("navigation ends at t", "refinement begins at t")
+__all__ = ["data_of", "date_of", "head", "model_of", "safely", "steps_of"]
 
 _Given = TypeVar("_Given")
 
@@ -88,16 +86,13 @@ def _stopped(facts: Facts) -> list[str]:
     last = (facts.probes or facts.samples or [{}])[-1]
     if not facts.planned or last.get("at_end") or facts.step >= facts.planned:
         return []
+    measured = f"The last measurement is of step {facts.step} of {facts.planned}"
     if not last:
-        return [
-            f"The last measurement is of step {facts.step} of {facts.planned}. These files do not "
-            "tell whether the run reached its end."
-        ]
+        return [f"{measured}. These files do not tell whether the run reached its end."]
     place = shlex.quote(str(facts.run.folder))
     return [
-        f"The last measurement is of step {facts.step} of {facts.planned}: the run was stopped "
-        "before its end, or is still running. To continue it, repeat its command with "
-        f"run_dir={place} resume=true."
+        f"{measured}: the run was stopped before its end, or is still running. To continue it, "
+        f"repeat its command with run_dir={place} resume=true."
     ]
 
 
@@ -114,7 +109,7 @@ def _not_finite(facts: Facts) -> list[str]:
 def _tiles(facts: Facts) -> str:
     last, tiles = facts.last, []
     if facts.run.of("probe") or math.isfinite(facts.boundary.midpoint):
-        for name, (t, interval) in zip(CROSSINGS, facts.crossings, strict=True):
+        for name, (t, interval) in facts.crossings.items():
             tiles.append(tile(name, t, interval and f"95 % interval {interval}"))
     if last is not None:
         loss, floor = (facts.mean(last, "train", key) for key in ("conditional", "floor"))
@@ -126,10 +121,8 @@ def _tiles(facts: Facts) -> str:
         if math.isfinite((gap := facts.gap(last)).mean):
             tiles.append(tile("held-out minus training error", str(gap), "over all t"))
     if facts.samples:
-        found = facts.samples[-1]
-        share, *ends = even([found[key][0] for key in ("copies", "low", "high")], 2)
-        interval = "" if "–" in ends else f"95 % exact interval {ends[0]} to {ends[1]}"
-        tiles.append(tile("share of copies", share, interval))
+        share, interval = facts.share_of_copies
+        tiles.append(tile("share of copies", share, interval and f"95 % exact interval {interval}"))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 

@@ -66,10 +66,9 @@ def _samples(facts: Facts) -> str:
             "Training samples (left) and generated samples after training (right), one row for "
             "each class. For copies of training rows see Memorization.",
         )
-    for kind in ("memorization_probe", "guard_probe"):
-        if (path := facts.run.picture(kind, "samples")) is not None:
-            about = "Generated samples, at the step over the picture, beside their nearest rows."
-            return stored(path, f"{about} At step {facts.samples[-1]['step']}: {copied(facts)}.")
+    if path := facts.run.picture("memorization_probe", "samples"):
+        about = "Generated samples, at the step over the picture, beside their nearest rows."
+        return stored(path, f"{about} At step {facts.samples[-1]['step']}: {copied(facts)}.")
     argument = "decode=..." if facts.samples else ""
     return missing("Pictures of samples", f"MemorizationMonitor({argument})")
 
@@ -146,7 +145,6 @@ def _above(facts: Facts, last: Event) -> str:
 
 def _stage_table(facts: Facts, last: Event) -> str:
     """A column for each stage: three fit on a telephone."""
-    edges = facts.stage_edges
 
     def over(key: str, split: str = "train") -> list[float]:
         return [facts.stage(last, stage, key, split) for stage in STAGES]
@@ -154,7 +152,7 @@ def _stage_table(facts: Facts, last: Event) -> str:
     loss, held_out = over("conditional"), over("conditional", "held_out")
     gaps = [b / a - 1 if a > 0 else math.nan for a, b in zip(loss, held_out, strict=True)]
     rows = {
-        "t": [" to ".join(even(ends)) for ends in zip(edges, edges[1:], strict=False)],
+        "t": [" to ".join(even(ends)) for ends in facts.spans.values()],
         "loss": even(loss),
         "floor": even(over("floor")),
         "above floor": even(over("oracle")),
@@ -187,7 +185,7 @@ def _definition(facts: Facts) -> str:
     """The definition of the boundary, and where it is."""
     midpoint, collapsed = (
         ("not reached" if t == "–" else f"t = {t}") + (interval and f" (95 % interval {interval})")
-        for t, interval in facts.crossings
+        for t, interval in facts.crossings.values()
     )
     return (
         "Navigation ends at the midpoint, where the mean largest posterior weight crosses 0.5: "
@@ -243,17 +241,16 @@ def _measured_again(facts: Facts) -> str:
 
 def _gap(facts: Facts) -> str:
     probes = [probe for probe in facts.probes if probe.get("gap")]
-    if not probes and facts.guarded:
-        low, last = min(facts.guarded, key=lambda probe: probe["held_out_loss"]), facts.guarded[-1]
-        return paragraph(
-            f"By MemorizationGuard held-out loss was lowest at step {low['step']}, "
-            f"{number(low['held_out_loss'])}, and was {number(last['held_out_loss'])} at step "
-            f"{last['step']}."
-        ) + row(_copies_drawn(facts))
     if not probes:
-        return missing(
-            "Held-out against training error", "VelocityErrorMonitor(held_out=...)"
-        ) + row(_copies_drawn(facts))
+        said = missing("Held-out against training error", "VelocityErrorMonitor(held_out=...)")
+        if guarded := facts.guarded:
+            low, last = min(guarded, key=lambda probe: probe["held_out_loss"]), guarded[-1]
+            said = paragraph(
+                f"By MemorizationGuard held-out loss was lowest at step {low['step']}, "
+                f"{number(low['held_out_loss'])}, and was {number(last['held_out_loss'])} at step "
+                f"{last['step']}."
+            )
+        return said + row(_copies_drawn(facts))
     last, bins, best = probes[-1], len(facts.edges) - 1, facts.best_held_out()
     clear = int(velocity_figures.gap_is_clear(last).sum())
     if best is None:
@@ -316,9 +313,8 @@ def _copies(facts: Facts) -> str:
 def _spending(facts: Facts) -> str:
     if not facts.windows:
         return missing("Draws, loss and gradients by stage", "VelocityErrorMonitor()")
-    window, edges = facts.windows[-1], facts.stage_edges
-    parts = []
-    for stage, low, high in zip(STAGES, edges, edges[1:], strict=False):
+    window, parts = facts.windows[-1], []
+    for stage, (low, high) in facts.spans.items():
         draws, loss, gradient = (
             percent(window["stages"][stage][key]) for key in ("draws", "loss", "gradient")
         )

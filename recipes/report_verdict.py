@@ -49,12 +49,12 @@ def verdict(facts: Facts) -> str:
 def _learning(facts: Facts) -> str:
     if facts.last is None:
         return "how well navigation is learned was not measured"
-    if not facts.stage_edges[1] > 0:
+    if not facts.spans[_NAVIGATION][1] > 0:
         return "there is no navigation to learn, since one row explains a noisy sample at all t"
     excess = facts.stage(facts.last, _NAVIGATION, "excess")
     above = f"its error is {percent(excess)} above the floor" if math.isfinite(excess) else ""
     event, trend = facts.noticed("navigation learned"), facts.trend(_NAVIGATION)
-    if facts.still_falls and trend is not None:
+    if trend is not None and trend[0] < -FLAT:
         fell = f"the error above the floor fell by {percent(-trend[0])} since step {trend[1]}"
         return f"navigation still improves ({fell})"
     if event is not None:
@@ -157,7 +157,7 @@ def _memorization(facts: Facts) -> Advice | None:
 
 def _longer(facts: Facts) -> Advice | None:
     trend = facts.trend(_NAVIGATION)
-    if not facts.still_falls or trend is None or facts.best_held_out() is not None:
+    if trend is None or trend[0] >= -FLAT or facts.best_held_out() is not None:
         return None
     why = f"The error above the floor in navigation fell by {percent(-trend[0])} from step "
     why += f"{trend[1]} to the end"
@@ -167,7 +167,7 @@ def _longer(facts: Facts) -> Advice | None:
 
 
 def _times(facts: Facts) -> Advice | None:
-    width = facts.stage_edges[1]
+    _, width = facts.spans[_NAVIGATION]
     if not facts.windows or not facts.boundary.midpoint > 0:
         return None
     draws = facts.windows[-1]["stages"][_NAVIGATION]["draws"]

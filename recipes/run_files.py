@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagewise.stages import StageBoundary
 
-__all__ = ["Event", "RunFiles", "boundary_of", "flat", "read_run", "runs_in"]
+__all__ = ["Event", "RunFiles", "boundary_of", "flat", "read_run", "runs_in", "stage_bounds"]
 
 Event = dict[str, Any]
 
@@ -59,6 +59,12 @@ def boundary_of(*events: Event) -> StageBoundary:
     held = {key: value for event in events for key, value in event.items()}
     found = {each.name: held.get(each.name) for each in fields(StageBoundary)}
     return StageBoundary(**{k: math.nan if v is None else v for k, v in found.items()})
+
+
+def stage_bounds(boundary: StageBoundary) -> list[float]:
+    """The times between which each stage lies."""
+    middle, late = (1.0 if math.isnan(t) else t for t in (boundary.midpoint, boundary.collapsed))
+    return [0.0, middle, max(middle, late), 1.0]
 
 
 def read_run(folder: Path) -> RunFiles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,26 @@ __all__ = ["Options", "parse", "parser"]
 _NEVER_AT_THE_END = ("euler", "midpoint")
 """Solvers that do not evaluate at t = 1, where the oracle is singular."""
 _MEASURED = "measured"
-_LEAST = {"count": 1, "batch_size": 1, "seed": 0, "grid": 0, "steps": 1}
 _SDE = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "mean"}
 _SDE |= {"last_step_size": 0.04}
 """Options of stochastic solvers, with the defaults of SiT's commands."""
 _TOLERANCES = ("rtol", "atol")
+_POSITIVE = ("shift", "timeout", "diffusion_norm", *_TOLERANCES)
+_RANGES: list[tuple[tuple[str, ...], Callable[[float], bool], str]] = [
+    (("count", "batch_size", "steps"), lambda x: x >= 1, "of at least 1"),
+    (("seed", "grid"), lambda x: x >= 0, "of at least 0"),
+    (_POSITIVE, lambda x: 0 < x < math.inf, "above 0"),
+    (("coarse", "then_at"), lambda x: 0 < x < 1, "between 0 and 1"),
+    (("oracle_until",), lambda x: 0 <= x <= 1, "from 0 to 1"),
+]
+_SOLVERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_SDE, SDE_SOLVERS),
+    **dict.fromkeys(_TOLERANCES, ADAPTIVE_SOLVERS),
+    "coarse": FIXED_SOLVERS,
+    "oracle_until": (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS),
+    **dict.fromkeys(("steps", "shift"), (*FIXED_SOLVERS, *SDE_SOLVERS)),
+}
+"""Options that not all solvers have, with those that have them."""
 _SETTINGS = ["count", "batch_size", "labels", "method", "steps", "shift", "coarse", "cfg_scale"]
 _SETTINGS += ["cfg_interval", "cfg_channels", "oracle_until", "seed", "vae", "precision"]
 """What samples depend on, besides the checkpoint."""
@@ -71,18 +86,11 @@ class Options:
     """Which of `cfg_interval`, `oracle_until`, `coarse` and `then_at` the run must provide."""
 
     def __post_init__(self) -> None:
-        for name, smallest in _LEAST.items():
-            value = getattr(self, name)
-            _require(
-                value is None or value >= smallest,
-                f"Expected {_flag(name)} of at least {smallest}, got {value}.",
-            )
-        for name in ("shift", "timeout", "diffusion_norm", *_TOLERANCES):
-            value = getattr(self, name)
-            _require(
-                value is None or 0 < value < math.inf,
-                f"Expected {_flag(name)} above 0, got {value}.",
-            )
+        for names, holds, words in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                fits = value is None or holds(value)
+                _require(fits, f"Expected {_flag(name)} {words}, got {value}.")
         _require(
             math.isfinite(self.cfg_scale), f"Expected a finite --cfg-scale, got {self.cfg_scale}."
         )
@@ -96,43 +104,17 @@ class Options:
             0 <= low < high <= 1,
             f"Expected --cfg-interval with 0 <= LOW < HIGH <= 1, got {low} and {high}.",
         )
-        for name in ("coarse", "then_at"):
-            value = getattr(self, name)
-            _require(
-                value is None or 0 < value < 1,
-                f"Expected {_flag(name)} between 0 and 1, got {value}.",
-            )
         until = self.oracle_until or 0
-        _require(0 <= until <= 1, f"Expected --oracle-until from 0 to 1, got {until}.")
         _require(
             until <= 0.999 or self.method in _NEVER_AT_THE_END,
             f"Expected --method {' or '.join(_NEVER_AT_THE_END)} with --oracle-until {until}, got "
             f"{self.method}, which evaluates the oracle at t = 1, where it is singular.",
         )
-        self._check_method()
-        _require(
-            (self.then is not None) == self._given("then_at"),
-            "Expected --then RUN and --then-at T together: its network takes over at T.",
-        )
-        _require(
-            self.then is None or not self._given("oracle_until"),
-            "Expected --then or --oracle-until, got both.",
-        )
-
-    def _check_method(self) -> None:
-        """Refuses options that the solver does not have."""
-        stochastic, adaptive = self.method in SDE_SOLVERS, self.method in ADAPTIVE_SOLVERS
-        others: dict[str, tuple[str, ...]] = {}
-        others |= {} if stochastic else dict.fromkeys(_SDE, SDE_SOLVERS)
-        others |= {} if adaptive else dict.fromkeys(_TOLERANCES, ADAPTIVE_SOLVERS)
-        others |= {"coarse": FIXED_SOLVERS} if stochastic or adaptive else {}
-        others |= {"oracle_until": (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS)} if stochastic else {}
-        own_steps = ("steps", "shift") if self.shift != 1 else ("steps",)
-        stepping = (*FIXED_SOLVERS, *SDE_SOLVERS)
-        others |= dict.fromkeys(own_steps, stepping) if adaptive else {}
-        for name, having in others.items():
+        adaptive = self.method in ADAPTIVE_SOLVERS
+        for name, having in _SOLVERS.items():
+            given = self.shift != 1 if name == "shift" else self._given(name)
             _require(
-                not self._given(name),
+                not given or self.method in having,
                 f"Expected no {_flag(name)} with --method {self.method}"
                 f"{', which chooses its own steps' if adaptive else ''}; the solvers with it are "
                 f"{', '.join(having)}.",
@@ -141,6 +123,14 @@ class Options:
             self.method != "sde-heun" or self.last_step != "none",
             "Expected a --last-step other than none with --method sde-heun, whose steps would end "
             "with the score at t = 1, where there is none.",
+        )
+        _require(
+            (self.then is not None) == self._given("then_at"),
+            "Expected --then RUN and --then-at T together: its network takes over at T.",
+        )
+        _require(
+            self.then is None or not self._given("oracle_until"),
+            "Expected --then or --oracle-until, got both.",
         )
 
     def _given(self, name: str) -> bool:
@@ -164,20 +154,21 @@ class Options:
             math.nan if probes[-1].get(key) is None else float(probes[-1][key])
             for key in ("midpoint", "collapsed")
         )
-        found: dict[str, Any] = {}
-        for name in self.measured:
-            found[name] = guidance_interval(collapsed) if name == "cfg_interval" else midpoint
+        found: dict[str, Any] = dict.fromkeys(self.measured, midpoint)
+        if "cfg_interval" in found:
+            found["cfg_interval"] = guidance_interval(collapsed)
             _require(
-                found[name] is not None,
+                found["cfg_interval"] is not None,
                 f"No interval follows from the measured boundary (collapsed at t = "
                 f"{collapsed:.3g}): that needs a collapse before 0.5. Give --cfg-interval LOW "
                 "HIGH and try several; 0.1 0.6 is the best known one.",
             )
-            _require(
-                name == "cfg_interval" or 0 < midpoint < 1,
-                f"Expected a measured midpoint between 0 and 1 for {_flag(name)}, got "
-                f"{midpoint:.3g}: the run found no stage boundary. Give a number.",
-            )
+        others = [_flag(name) for name in found if name != "cfg_interval"]
+        _require(
+            not others or 0 < midpoint < 1,
+            f"Expected a measured midpoint between 0 and 1 for {', '.join(others)}, got "
+            f"{midpoint:.3g}: the run found no stage boundary. Give a number.",
+        )
         return replace(self, measured=(), **found)
 
     def with_channels(self, evaluation: Mapping[str, Any], there: int) -> Options:

@@ -17,17 +17,12 @@ function of the public weights (`stagewise.recipes.public_weights` loads them):
     SiT            learn_sigma, time_embedding="unit", position_embedding="dit"
     LightningDiT   the last two, and rms_norm, swiglu, rotary
 
-Differences from both public codes: the names of the weights; the rows of the output layer, ordered
-`(C, p, p)` as the weights of the patch embedding, there `(p, p, C)`; and the fixed embeddings, here
-not in checkpoints, there parameters. LightningDiT's modulation without shift, which its published
-models do not use, is left out.
+LightningDiT's modulation without shift, which its published models do not use, is left out.
 
 References:
-    Ma et al., SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
-    Interpolant Transformers, https://arxiv.org/abs/2401.08740
-    Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748
-    Yao et al., Reconstruction vs. Generation: Taming Optimization Dilemma in Latent Diffusion
-    Models (LightningDiT), https://arxiv.org/abs/2501.01423
+    Ma et al., SiT, https://arxiv.org/abs/2401.08740
+    Peebles and Xie, DiT, https://arxiv.org/abs/2212.09748
+    Yao et al., LightningDiT, https://arxiv.org/abs/2501.01423
 """
 
 from __future__ import annotations
@@ -39,7 +34,6 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import (
-    Attention,
     AttentionRope,
     GELUTanh,
     Mlp,
@@ -159,7 +153,7 @@ class SiT(nn.Module):
             rope = torch.cat(angles, -1)  # sines, then cosines
         self.register_buffer("rope", rope, persistent=False)  # (tokens, 2 * head width)
         self.blocks = nn.ModuleList(
-            _Block(hidden_size, num_heads, mlp_ratio, rms_norm, swiglu, rotary, qk_norm)
+            _Block(hidden_size, num_heads, mlp_ratio, rms_norm, swiglu, qk_norm)
             for _ in range(depth)
         )
         channels = 2 * in_channels if learn_sigma else in_channels
@@ -254,19 +248,15 @@ class _Block(nn.Module):
         mlp_ratio: float,
         rms_norm: bool,
         swiglu: bool,
-        rotary: bool,
         qk_norm: bool,
     ) -> None:
         super().__init__()
         self.modulation = _Modulation(dim, 6)
         self.norm1 = _norm(dim, rms_norm)
-        self.attn: nn.Module
-        options: dict[str, Any] = {"qkv_bias": True, "qk_norm": qk_norm}
-        options |= {"norm_layer": RmsNorm if rms_norm else nn.LayerNorm}
-        if rotary:
-            self.attn = AttentionRope(dim, num_heads, num_prefix_tokens=0, **options)
-        else:
-            self.attn = Attention(dim, num_heads, **options)
+        norm: Any = RmsNorm if rms_norm else nn.LayerNorm
+        self.attn = AttentionRope(
+            dim, num_heads, num_prefix_tokens=0, norm_layer=norm, qk_norm=qk_norm
+        )
         self.norm2 = _norm(dim, rms_norm)
         width = int(dim * mlp_ratio)
         # The packed SwiGLU draws its two first layers as one matrix, as LightningDiT.
@@ -279,7 +269,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, rope: Tensor | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         h = self.norm1(x) * (1 + scale1) + shift1
-        x = x + gate1 * (self.attn(h) if rope is None else self.attn(h, rope=rope))
+        x = x + gate1 * self.attn(h, rope=rope)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 

@@ -141,12 +141,6 @@ class Record:
         """Records that a block is on the disk."""
         rows = self.with_rows(block)
         number = self.number(block) if rows else None
-        if number is None and self._blocks[block].get("number") is not None:
-            raise ValueError(
-                f"None of the {len(self.indices(block))} pictures that were encoded before as one "
-                "block can be read, the first is "
-                f"{self.images.files[self.indices(block)[0]]}. Encode into another folder."
-            )
         hashed = "" if number is None else file_hash(self._files_of(number, rows))
         self._blocks[block] |= {"number": number, "files": hashed}
         self._blocks[block]["pictures"] = self._seen_hash(block)

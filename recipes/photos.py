@@ -83,6 +83,10 @@ class PhotoPatches(ResumableData):
             on the two sizes.
         num_workers: Worker processes of each loader, default 0.
 
+    Attributes:
+        positions: From `setup` on, where the patches of "train" and "held_out" were taken, in their
+            order, (N, 3), int64: index of the photograph, row and column of the top left pixel.
+
     Raises:
         ValueError: If an argument is out of range; from `setup`, if a photograph has too few
             tiles or positions.
@@ -106,7 +110,7 @@ class PhotoPatches(ResumableData):
         super().__init__(batch_size, num_workers, seed)
         self.patch, self.block, self.sizes = patch, block, (train_size, held_out_size)
         self.held_out_share, self.min_contrast = held_out_share, min_contrast
-        self._positions: dict[str, np.ndarray] = {}
+        self.positions: dict[str, np.ndarray] = {}
         names = ("patch", "train_size", "held_out_size", "batch_size")
         for name, value in zip(names, (patch, *self.sizes, batch_size), strict=True):
             if value < 1:
@@ -146,19 +150,9 @@ class PhotoPatches(ResumableData):
         x1, labels = self.train.tensors
         return torch.stack([x1[labels == label][:count] for label in classes])
 
-    def positions(self, split: str) -> np.ndarray:
-        """Where the patches of "train" or "held_out" were taken, in the order of the data set.
-
-        `(N, 3)` int64: index of the photograph, row and column of the top left pixel.
-        """
-        if split not in _SPLITS:
-            raise ValueError(f"Expected `split` to be one of {_SPLITS}, got {split!r}.")
-        self.setup()
-        return self._positions[split]
-
     def setup(self, stage: str | None = None) -> None:
         """Cuts the patches, once."""
-        if self._positions:
+        if self.positions:
             return
         images = list(photographs().values())
         corners = [self._corners(label, image) for label, image in enumerate(images)]
@@ -173,7 +167,7 @@ class PhotoPatches(ResumableData):
             ]
             x_1 = torch.from_numpy(np.concatenate(patches)).float().div_(127.5).sub_(1)
             setattr(self, split, TensorDataset(x_1, torch.from_numpy(labels)))
-            self._positions[split] = np.column_stack([labels, np.concatenate(parts)])
+            self.positions[split] = np.column_stack([labels, np.concatenate(parts)])
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of `train`; the last, smaller one is dropped."""

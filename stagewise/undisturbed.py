@@ -6,6 +6,7 @@ import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -108,16 +109,10 @@ def _generators(roots: list[Any]) -> list[Any]:
 def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any], Callable[[int], Any]]:
     """Getter and setter of a generator's state, and what seeds it."""
     if isinstance(generator, np.random.BitGenerator):
-
-        def put(state: Any) -> None:
-            generator.state = state
-
+        put = partial(setattr, generator, "state")
         return lambda: generator.state, put, lambda seed: put(type(generator)(seed).state)
     if isinstance(generator, np.random.RandomState):
-
-        def get() -> Any:
-            return generator.get_state(legacy=False)
-
+        get = partial(generator.get_state, legacy=False)
         # Its bit generator is seeded by itself; this clears the cached normal number.
         clear = {"has_gauss": 0, "gauss": 0.0}
         return get, generator.set_state, lambda _: generator.set_state(get() | clear)

@@ -116,7 +116,8 @@ def test_from_batches():
     assert seen == [8, 16, 24, 25]
     assert torch.equal(bank.rows, x.flatten(1)[bank.index])
     assert bank.classes == [0, 1, 2, 3]
-    plain = LatentBank.from_batches(loader, 10, class_wise=False, dtype=torch.bfloat16)
+    only_x = {"read_batch": lambda batch: (batch[0], None)}
+    plain = LatentBank.from_batches(loader, 10, **only_x, dtype=torch.bfloat16)
     assert plain.classes == []
     torch.testing.assert_close(plain.take(torch.arange(10)).float(), x[:10].flatten(1), **HALF_EPS)
     with pytest.raises(ValueError, match="Expected 30 rows in the batches, got 25"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections import deque
@@ -19,7 +20,6 @@ from stagewise.bank.row_classes import RowClasses, as_real
 from stagewise.bank.row_keys import (
     CLASS_FACTOR,
     condition_keys,
-    digest,
     find_rows,
     key_weights,
     row_keys,
@@ -299,10 +299,14 @@ class RowStore(RowClasses):
         from all rows.
         """
         if self._fingerprint is None:
-            self._fingerprint = digest(
-                *(self.row_keys(), self.offset, self.dtype, self.shape, self.class_ends),
-                self.conditions,
-            )
+            about = (len(self), self.dim, str(self.dtype), self.shape, self.class_ends)
+            total = hashlib.blake2b(repr(about).encode(), digest_size=16)
+            for part in (self.offset, self.row_keys()):
+                total.update(part.cpu().numpy().tobytes())
+            if (c := self.conditions) is not None:
+                total.update(repr((str(c.dtype), c.shape[1])).encode())
+                total.update(condition_keys(c).cpu().numpy().tobytes())
+            self._fingerprint = total.hexdigest()
         return self._fingerprint
 
     def row_keys(self) -> Tensor:

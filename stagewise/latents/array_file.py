@@ -94,7 +94,7 @@ class ArrayFile(Latents):
 
     def _compare(self) -> Compared:
         if self.path.suffix == ".safetensors":
-            return compare_tensors([(self.path, read_header(self.path)[0])])
+            return compare_tensors([read_header(self.path)[0]])
         return compare_files(self.path) if self.path.suffix == ".npy" else compare_zip(self.path)
 
     def _parts(self) -> str:
@@ -134,7 +134,7 @@ def _beside(path: Path) -> Path:
 def _tensors(path: Path) -> dict[str, Rows]:
     """The arrays in the file, mapped if possible."""
     if path.suffix == ".safetensors":
-        return {name: Rows.of(path, entry) for name, entry in read_header(path)[0].items()}
+        return {name: Rows.of(entry) for name, entry in read_header(path)[0].items()}
     if path.suffix == ".npz":
         return _archive(path)
     if path.suffix != ".npy":
@@ -143,7 +143,7 @@ def _tensors(path: Path) -> dict[str, Rows]:
     if _beside(path).is_file():
         files["labels"] = _beside(path)
     entries = {name: array_entry(file) for name, file in files.items()}
-    return {name: Rows.of(files[name], entry) for name, entry in entries.items() if entry}
+    return {name: Rows.of(entry) for name, entry in entries.items() if entry}
 
 
 def _archive(path: Path) -> dict[str, Rows]:
@@ -165,7 +165,7 @@ def _archive(path: Path) -> dict[str, Rows]:
                         text = f"{member} in {path}"
                         held[name] = Rows(read_array(archive.read(member), text))
                     else:
-                        held[name] = Rows.of(path, entry)
+                        held[name] = Rows.of(entry)
                 except NoNumbers:
                     if name in ("latents", "labels"):
                         raise

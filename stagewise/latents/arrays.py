@@ -6,7 +6,6 @@ An array in a stored (uncompressed) zip is found by its offset, so no row has to
 from __future__ import annotations
 
 import io
-import math
 import mmap
 import re
 import struct
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stagewise.files import Damaged, Problem, first_line, replace_file
-from stagewise.tensor_files import Entry, map_tensor, read_tensor
+from stagewise.tensor_files import Entry
 
 __all__ = [
     "NoNumbers",
@@ -47,30 +46,25 @@ class NoNumbers(Problem):
 
 @dataclass(frozen=True)
 class Rows:
-    """An array (N, *), mapped from byte `start` of the file at `path`, or in memory."""
+    """An array (N, *), mapped from an entry of a file, or in memory."""
 
     x: Tensor
-    path: Path | None = None
-    start: int = 0
+    entry: Entry | None = None
 
     @classmethod
-    def of(cls, path: Path, entry: Entry) -> Rows:
+    def of(cls, entry: Entry) -> Rows:
         """A tensor of a file, mapped to read single rows; writing to it ends the process."""
         if not entry.nbytes or entry.swapped:
-            return cls(read_tensor(path, entry))
-        x, pages = map_tensor(path, entry)
+            return cls(entry.read())
+        x, pages = entry.map()
         if hasattr(pages, "madvise") and hasattr(mmap, "MADV_RANDOM"):
             # With the default read-ahead a single row takes 100 times as long.
             pages.madvise(mmap.MADV_RANDOM)
-        return cls(x, path, entry.start)
+        return cls(x, entry)
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop`, in memory: reading many rows is faster than mapping them."""
-        if self.path is None:
-            return self.x[start:stop]
-        shape = (stop - start, *self.x.shape[1:])
-        before = start * math.prod(shape[1:]) * self.x.itemsize
-        return read_tensor(self.path, Entry(shape, self.x.dtype, self.start + before))
+        return self.x[start:stop] if self.entry is None else self.entry.rows(start, stop)
 
 
 def read_array(data: bytes, name: str) -> Tensor:
@@ -147,7 +141,7 @@ def array_entry(path: Path, member: str | None = None) -> Entry | None:
     except Exception as error:  # numpy and zipfile raise what their parsers do
         raise _unreadable(name, error) from error
     dtype = to_tensor(np.empty(0, kind), name).dtype
-    entry = Entry(shape, dtype, start, swapped=not kind.isnative)
+    entry = Entry(path, shape, dtype, start, swapped=not kind.isnative)
     if min(shape, default=0) < 0:
         raise Problem(f"{name} is damaged: its header has the shape {shape}. Write it again.")
     if fortran and len(shape) > 1:
@@ -161,7 +155,8 @@ def array_entry(path: Path, member: str | None = None) -> Entry | None:
 
 
 def save_arrays(path: Path, held: Tensor | dict[str, Tensor], sync: bool = True) -> None:
-    """Writes a `.npy` file, or a `.npz` of several arrays, by `replace_file`."""
+    """Writes a `.npy` file, or a `.npz` of several arrays, by `replace_file`; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(partial: Path) -> None:
         with open(partial, "wb") as stream:  # numpy adds a suffix to a name

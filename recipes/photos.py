@@ -1,15 +1,9 @@
 """A real image data set without a download: patches of photographs inside installed wheels.
 
-The wheels of scikit-image and scikit-learn carry seven colour photographs of everyday scenes:
-
-    astronaut   512 x 512   scikit-image      motorcycle  500 x 741   scikit-image
-    chelsea     300 x 451   scikit-image      china       427 x 640   scikit-learn
-    coffee      400 x 600   scikit-image      flower      427 x 640   scikit-learn
-    rocket      427 x 640   scikit-image
-
-Left out are grey and synthetic images, those from microscope, fundus camera and telescope (nearly
-all of one texture), and the right half of the stereo pair, which shows the motorcycle again and
-would put held-out content into the training set.
+The wheels of scikit-image and scikit-learn carry seven colour photographs of everyday scenes, of
+300 x 451 to 500 x 741 pixels. Left out are grey and synthetic images, those from microscope, fundus
+camera and telescope (nearly all of one texture), and the right half of the stereo pair, which shows
+the motorcycle again and would put held-out content into the training set.
 
 `PhotoPatches` cuts them into small patches, labelled by photograph:
 
@@ -54,12 +48,7 @@ _SPLITS = ("train", "held_out")
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """The photographs in the installed wheels by name, `(H, W, 3)` uint8, in a fixed order.
-
-    Raises:
-        ModuleNotFoundError: If scikit-image or scikit-learn is not installed.
-        FileNotFoundError: If an installed release no longer ships a photograph.
-    """
+    """The photographs in the installed wheels by name, `(H, W, 3)` uint8, in a fixed order."""
     return {name: _read(name, *where) for name, where in _FILES.items()}
 
 

@@ -54,13 +54,9 @@ def same_draws() -> Iterator[None]:
 def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None]:
     """Restores every generator of a run, and the mode of every submodule, at the end.
 
-    Inside, all generators start from the same seed, so that draws are the same on every rank and
-    each time; gradients are off, and the module is in evaluation mode.
-
-    Args:
-        module: The trained module, which a `read_batch` may call.
-        others: Other objects that may hold a generator: loader, functions.
-        seed: Of all generators, default 0.
+    `others` are objects that may hold a generator: loader, functions. Inside, all generators start
+    from the same seed, so that draws are the same on every rank and each time; gradients are off,
+    and the module, which a `read_batch` may call, is in evaluation mode.
     """
     generators = [_access(generator) for generator in _generators([module, *others])]
     kept = [(put, get()) for get, put, _ in generators]

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from stagewise import files
 from stagewise.latents import open_latents
 from stagewise.recipes import encode as command
 from stagewise.recipes import encode_writers, image_folder

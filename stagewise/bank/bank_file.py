@@ -72,12 +72,8 @@ def _layout(
 def write_bank(path: FilePath, bank: Any, fill: Callable[[Tensor], object]) -> None:
     """Writes the file of a bank, which gets its name when it is complete and on the disk.
 
-    Refuses a folder that does not exist, and a disk without room for it.
-
-    Args:
-        path: The file, which may exist and is then replaced.
-        bank: A `LatentBank`, whose rows and measures need not be known before `fill`.
-        fill: Fills the rows, (N, D), which are mapped to the file.
+    Refuses a folder that does not exist, and a disk without room for it. `fill` fills the rows,
+    (N, D), which are mapped to the file; those of the bank need not be known before.
     """
     header: dict[str, Any] = {}
     end, pairs, c = 0, bank.pairs, bank.conditions

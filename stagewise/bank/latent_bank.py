@@ -24,7 +24,6 @@ from stagewise.bank.bank_file import open_bank, read_rows, write_bank
 from stagewise.bank.building import (
     as_tensor,
     class_order,
-    exact_offset,
     measure,
     narrow,
     offset_for,
@@ -113,8 +112,7 @@ class LatentBank(RowStore):
         require_rows(tuple(x.shape))
         masks = None if mask is None else MaskedLabels.of(None, mask, x)
         given = (x if masks is None else masks.zero(x)).detach().flatten(1)
-        offset = offset_for(given, dtype, offset)
-        offset = offset if masks is None else exact_offset(offset, dtype)
+        offset = offset_for(given, dtype, offset, masks is not None)
         rows = given if given.dtype == dtype else narrow(given, offset, dtype)
         index, segments, pairs = class_order(labels, len(rows), rows.device, masks)
         if index is not None and rows is given:

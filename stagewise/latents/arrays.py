@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.batches import is_one_hot
 from stagewise.files import Damaged, Problem, first_line, replace_file
 from stagewise.tensor_files import Entry
 
@@ -29,7 +30,6 @@ __all__ = [
     "check_zip",
     "class_numbers",
     "is_dense",
-    "is_one_hot",
     "local_header",
     "members_of",
     "outside",
@@ -57,7 +57,7 @@ class Rows:
         if not entry.nbytes or entry.swapped:
             return cls(entry.read())
         x, pages = entry.map()
-        if hasattr(pages, "madvise") and hasattr(mmap, "MADV_RANDOM"):
+        if hasattr(mmap, "MADV_RANDOM"):
             # With the default read-ahead a single row takes 100 times as long.
             pages.madvise(mmap.MADV_RANDOM)
         return cls(x, entry)
@@ -217,7 +217,7 @@ def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
     """Labels of `rows` rows, (N,) or (N, 1) whole numbers of any type, as int64, (N,)."""
     expected = f"Expected {name} as {rows} integers, {name} of shape {(rows,)} in {path}, got"
     if labels.shape not in ((rows,), (rows, 1)):
-        if is_one_hot(labels, rows):
+        if len(labels) == rows and is_one_hot(labels[:64].float()):
             raise Problem(
                 f"{expected} one-hot rows, {tuple(labels.shape)}. Write their class numbers: "
                 "labels.argmax(1)."
@@ -230,14 +230,6 @@ def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
     if labels.is_complex() or not torch.equal(numbers.to(labels.dtype), labels.reshape(rows)):
         raise Problem(f"{expected} {labels.dtype}. Write class numbers: labels.long().")
     return numbers
-
-
-def is_one_hot(labels: Tensor, rows: int) -> bool:
-    """Whether labels are (N, k), with a single 1 and zeros in the first rows."""
-    if labels.ndim != 2 or labels.shape[0] != rows or labels.shape[1] < 2:
-        return False
-    some = labels[:64].float()
-    return bool(((some == 0) | (some == 1)).all() and (some.sum(1) == 1).all())
 
 
 def require_labels(labels: Tensor, limit: int | None, path: Path) -> None:

@@ -30,8 +30,14 @@ from stagewise.files import FilePath, Problem
 from stagewise.latents.arrays import Rows, class_numbers
 from stagewise.latents.base import Block, Latents, Reading, Writing
 from stagewise.latents.checksums import Compared, compare_tensors
-from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
-from stagewise.latents.stats_file import STATS, read_stats, save_stats
+from stagewise.latents.scaling import (
+    STATS,
+    ChannelStatistics,
+    Normalised,
+    Scaling,
+    read_stats,
+    save_stats,
+)
 from stagewise.tensor_files import Entry, read_header, write_tensors
 
 __all__ = [
@@ -322,16 +328,12 @@ def _shards(
                 f"{tuple(part['latents'].shape[1:])}."
             )
         passed = min(skip, len(part["labels"]))
-        skip -= passed
-        part = {name: value[passed:] for name, value in part.items()}
-        while len(part["labels"]):
-            taken = min(size - count, len(part["labels"]))
-            held.append({name: value[:taken] for name, value in part.items()})
-            part = {name: value[taken:] for name, value in part.items()}
-            count += taken
-            if count == size:
-                yield _joined(held)
-                held, count = [], 0
+        skip, count = skip - passed, count + len(part["labels"]) - passed
+        held.append({name: value[passed:] for name, value in part.items()})
+        while count >= size:
+            whole = _joined(held)
+            yield {name: value[:size] for name, value in whole.items()}
+            held, count = [{name: value[size:] for name, value in whole.items()}], count - size
     if count:
         yield _joined(held)
 

@@ -84,11 +84,7 @@ def made_rows(
     exponent: float = 2.0,
     duplicates: int = 0,
 ) -> Iterator[Block]:
-    """The samples, block by block; arguments as in `make_latents`.
-
-    Yields:
-        `(x_1, its flip, labels)`: (n, C, H, W) twice and (n,). The flip is the mirrored sample.
-    """
+    """The samples, block by block: `(x_1, its mirror image, labels)`, (n, C, H, W) and (n,)."""
     if num_rows < 1 or num_classes < 1 or min(shape) < 1 or len(shape) != 3:
         raise ValueError(
             f"Expected at least 1 row, 1 class and a shape (C, H, W), got {num_rows}, "

@@ -23,20 +23,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from stagewise.files import FilePath, Problem, first_line, replace_file
-from stagewise.latents.arrays import (
-    array_entry,
-    local_header,
-    members_of,
-    outside,
-    read_array,
-    save_arrays,
-)
+from stagewise.latents.arrays import local_header, members_of, outside, read_array, save_arrays
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.checksums import Compared, compare_files, compare_zip, write_checksums
 from stagewise.latents.per_file import PerFile, each_row, sizes_in
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
 from stagewise.latents.scaling import SD_VAE
-from stagewise.tensor_files import Entry, map_file
+from stagewise.tensor_files import map_file
 
 __all__ = ["EDM2", "REPA", "file_name", "write_index", "write_mean_std"]
 
@@ -133,11 +126,6 @@ class _MeanStd(PerFile):
                 f"{str(labels[wrong[0]])[:60]} for {wrong[0]}."
             )
         return torch.tensor(list(labels.values()), dtype=torch.int64)
-
-    def _entry(self, name: str) -> Entry:
-        entry = array_entry(self._root, name) if self._zipped else super()._entry(name)
-        assert entry is not None  # compressed members were refused
-        return entry
 
     def _load(self, name: str, flip: bool) -> Tensor:
         if not self._zipped:

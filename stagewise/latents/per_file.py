@@ -37,8 +37,9 @@ class PerFile(Latents):
 
     def _entry(self, name: str) -> Entry:
         """Where the numbers of a file lie, from its header; by default of a `.npy` file."""
-        entry = array_entry(self._root / name)
-        assert entry is not None  # only members of a zip may be compressed
+        zipped = self._root.is_file()
+        entry = array_entry(self._root, name) if zipped else array_entry(self._root / name)
+        assert entry is not None  # compressed members of a zip were refused
         return entry
 
     def _load(self, name: str, flip: bool) -> Tensor:

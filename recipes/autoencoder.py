@@ -152,8 +152,6 @@ def decode(vae: VAE, z: Tensor, batch: int = 32, low: float = -1.0) -> Tensor:
 
     The network is called with `batch` latents; `low` is the value of black, 0 for EDM2.
     """
-    if batch < 1:
-        raise ValueError(f"Expected `batch` of at least 1, got {batch}.")
     pictures = []
     for part in z.split(batch):
         pixels = vae.decode(part.to(vae.device, vae.dtype)).sample.float()

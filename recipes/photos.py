@@ -113,11 +113,6 @@ class PhotoPatches(ResumableData):
             raise ValueError(f"Expected `held_out_share` in (0, 1), got {held_out_share}.")
         if min_contrast < 0:
             raise ValueError(f"Expected `min_contrast` of at least 0, got {min_contrast}.")
-        if batch_size > train_size:
-            raise ValueError(
-                f"Expected `batch_size` of at most `train_size`, since the last, smaller batch "
-                f"is dropped; got batch_size={batch_size}, train_size={train_size}."
-            )
 
     @property
     def class_names(self) -> tuple[str, ...]:

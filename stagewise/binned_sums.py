@@ -50,10 +50,6 @@ class BinnedSums:
         MPS has no float64: give it float32.
         """
         bounds = torch.as_tensor(edges, dtype=dtype)
-        if bounds.ndim != 1 or len(bounds) < 2 or bool((bounds.diff() < 0).any()):
-            raise ValueError(f"Expected ascending `edges`, (T + 1,), got {bounds.tolist()}.")
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"Expected distinct `keys`, got {list(keys)}.")
         values = bounds.new_zeros(len(keys), len(bounds) - 1)
         return cls(bounds, tuple(keys), bounds.new_zeros(len(bounds) - 1), values, values, values)
 

@@ -168,8 +168,6 @@ def test_pixels_come_back(low):
 
     bytes_ = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(decode(Identity(), to_pixels(bytes_, low), low=low), bytes_)
-    with pytest.raises(ValueError, match="Expected `batch` of at least 1, got 0"):
-        decode(Identity(), bytes_, batch=0)
 
 
 def test_lightningdit(run, vae, images, tmp_path, capsys):

@@ -134,7 +134,6 @@ def test_order_depends_on_seed_and_epoch_only():
         ({"train_size": 0}, "`train_size` of at least 1"),
         ({"held_out_share": 1.0}, r"`held_out_share` in \(0, 1\)"),
         ({"min_contrast": -1}, "`min_contrast` of at least 0"),
-        ({"batch_size": 200, "train_size": 100}, "`batch_size` of at most `train_size`"),
     ],
 )
 def test_arguments_are_validated(options, match):

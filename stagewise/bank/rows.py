@@ -380,5 +380,5 @@ class RowStore(RowClasses):
 
 def _by_row(segments: Mapping[int, slice]) -> Tensor:
     """The key of its segment for each row, (N,); the segments are in the order of the rows."""
-    sizes = torch.tensor([rows.stop - rows.start for rows in segments.values()])
-    return torch.tensor(list(segments)).repeat_interleave(sizes)
+    each = segments.items()
+    return torch.cat([torch.full((rows.stop - rows.start,), key) for key, rows in each])

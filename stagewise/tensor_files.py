@@ -32,9 +32,9 @@ from torch import Tensor
 from stagewise.files import Damaged, FilePath, Problem, replace_file
 
 __all__ = [
-    "TYPE_NAMES",
     "Entry",
     "is_computed",
+    "lay_out",
     "map_file",
     "pack_header",
     "read_computed",
@@ -50,8 +50,7 @@ _DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
     **{"BOOL": torch.bool, "C64": torch.complex64},
 }
-TYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-"""The names of types in a header."""
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _LENGTH = ("not fully covered", "MetadataIncompleteBuffer")
 """Messages of the library, also of older versions, for a valid header before data of wrong length.
@@ -76,15 +75,8 @@ def write_tensors(path: FilePath, tensors: dict[str, Tensor], about: dict[str, s
     # The widest types first: then each tensor begins at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     data = {name: tensors[name].detach().cpu().contiguous() for name in order}
-    end, header, sums = 0, {}, {}
-    for name, tensor in data.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": TYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        sums[name] = zlib.crc32(_bytes(tensor))
+    header, _ = lay_out({name: (tensor.dtype, tensor.shape) for name, tensor in data.items()})
+    sums = {name: zlib.crc32(_bytes(tensor)) for name, tensor in data.items()}
     text = pack_header(header, about, sums)
     text = text.ljust(len(text) + -len(text) % 8)
 
@@ -99,6 +91,18 @@ def write_tensors(path: FilePath, tensors: dict[str, Tensor], about: dict[str, s
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> tuple[dict[str, Any], int]:
+    """The header of tensors of these types and shapes, one after the other, and their bytes."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        place = {"shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _NAMES[dtype], **place}
+    return header, end
 
 
 def pack_header(header: dict[str, Any], about: dict[str, str], sums: dict[str, int]) -> bytes:

@@ -33,7 +33,7 @@ from stagewise.bank.streaming import MappedFile
 from stagewise.files import Damaged, FilePath, replace_file
 from stagewise.masks import MaskedLabels
 from stagewise.memory import format_bytes
-from stagewise.tensor_files import TYPE_NAMES, pack_header, read_header
+from stagewise.tensor_files import lay_out, pack_header, read_header
 
 __all__ = ["open_bank", "read_rows", "write_bank"]
 
@@ -75,15 +75,14 @@ def write_bank(path: FilePath, bank: Any, fill: Callable[[Tensor], object]) -> N
     Refuses a folder that does not exist, and a disk without room for it. `fill` fills the rows,
     (N, D), which are mapped to the file; those of the bank need not be known before.
     """
-    header: dict[str, Any] = {}
-    end, pairs, c = 0, bank.pairs, bank.conditions
+    pairs, c = bank.pairs, bank.conditions
     size = 0 if pairs is None else pairs.mask[0].numel()
     labelled = pairs is not None and pairs.labels is not None
     given = None if c is None else (c.dtype, tuple(c.shape))
-    layout = _layout(len(bank), bank.dim, bank.dtype, len(bank.classes), size, labelled, given)
-    for name, (kind, shape) in layout.items():
-        begin, end = end, end + math.prod(shape) * kind.itemsize
-        header[name] = {"dtype": TYPE_NAMES[kind], "shape": shape, "data_offsets": (begin, end)}
+    header, end = lay_out(
+        _layout(len(bank), bank.dim, bank.dtype, len(bank.classes), size, labelled, given)
+    )
+    begin = header["rows"]["data_offsets"][0]
     # At least a page for the header, which takes about a quarter of it.
     data = _PAGE + -begin % _PAGE
     _require_disk(Path(path).parent, data + end)
@@ -96,8 +95,7 @@ def write_bank(path: FilePath, bank: Any, fill: Callable[[Tensor], object]) -> N
             else:
                 file.truncate(data + end)
             pages = mmap.mmap(file.fileno(), data + end)
-            count = len(bank) * bank.dim  # the rows are the last tensor
-            flat = torch.frombuffer(pages, dtype=bank.dtype, count=count, offset=data + begin)
+            flat = torch.frombuffer(pages, dtype=bank.dtype, offset=data + begin)
             fill(flat.view(len(bank), bank.dim))
             tensors, about = _contents(bank)
             sums = {}

@@ -116,15 +116,12 @@ def _field(
     channels, height, width = shape
     frequency = torch.hypot(
         torch.fft.fftfreq(height, dtype=torch.float64)[:, None] * height,
-        torch.fft.rfftfreq(width, dtype=torch.float64)[None] * width,
+        torch.fft.fftfreq(width, dtype=torch.float64)[None] * width,
     )
     amplitude = frequency.clamp_min(1) ** (-exponent / 2)
-    # Most columns of a real transform stand for two frequencies.
-    double = torch.full((amplitude.shape[1],), 2.0, dtype=torch.float64)
-    double[0] = 1
-    if width % 2 == 0:
-        double[-1] = 1
-    amplitude /= ((amplitude.square() * double).sum() / (height * width)).sqrt()
+    amplitude /= amplitude.square().mean().sqrt()
     white = np.random.default_rng(seed).standard_normal((count, *shape), dtype=np.float32)
-    spectrum = torch.fft.rfft2(torch.from_numpy(white)) * amplitude.float()
+    # A real transform has no negative frequencies.
+    positive = amplitude[:, : width // 2 + 1].float()
+    spectrum = torch.fft.rfft2(torch.from_numpy(white)) * positive
     return torch.fft.irfft2(spectrum, s=(height, width))

@@ -723,9 +723,11 @@ def test_what_is_neither_tensor_nor_array_is_refused_with_a_cure():
     for wrong in ([0, 1, 0, 1], np.array(["a", "b", "a", "b"])):
         with pytest.raises(TypeError, match=r"`labels` to be a tensor.*torch\.as_tensor\(labels\)"):
             LatentBank(x, wrong)
-    for wrong in (torch.tensor([0, 0.5, 1, 1]), np.array([0, np.nan, 1, 1])):
-        with pytest.raises(ValueError, match="not all whole numbers"):
-            LatentBank(x, wrong)
+    for odd in (0.5, np.nan, np.inf):
+        wrong = np.array([0, odd, 1, 1])
+        for labels in (wrong, torch.from_numpy(wrong)):
+            with pytest.raises(ValueError, match="not all whole numbers"):
+                LatentBank(x, labels)
     with pytest.raises(TypeError, match=r"floating-point `x`, got torch.int64"):
         LatentBank(np.ones((4, 3), dtype=np.int64))
 

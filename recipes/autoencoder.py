@@ -139,9 +139,7 @@ def to_pixels(pictures: Tensor, low: float = -1.0) -> Tensor:
 def encode(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """The moments of the posterior of pictures, `(mean, std)`, each (B, C, h, w).
 
-    Args:
-        vae: From `load_vae`.
-        pixels: (B, 3, H, W), in [-1, 1]; for EDM2 in [0, 1].
+    `pixels`, (B, 3, H, W), are in [-1, 1]; for EDM2 in [0, 1].
     """
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     wide = torch.promote_types(vae.dtype, torch.float32)
@@ -150,16 +148,10 @@ def encode(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decode(vae: VAE, z: Tensor, batch: int = 32, low: float = -1.0) -> Tensor:
-    """Pictures of latents, (B, 3, H, W), uint8, on the CPU.
+    """Pictures of raw latents, (B, C, h, w), as (B, 3, H, W), uint8, on the CPU.
 
-    Args:
-        vae: From `load_vae`.
-        z: (B, C, h, w), raw: `latents.scaling.invert(x_1)`.
-        batch: Latents per call of the network, default 32.
-        low: The value of black, default -1; 0 for EDM2.
+    The network is called with `batch` latents; `low` is the value of black, 0 for EDM2.
     """
-    if batch < 1:
-        raise ValueError(f"Expected `batch` of at least 1, got {batch}.")
     pictures = []
     for part in z.split(batch):
         pixels = vae.decode(part.to(vae.device, vae.dtype)).sample.float()

@@ -25,7 +25,7 @@ from stagewise.recipes.arguments import DTYPES, Parser, device_of, exit_with_mes
 from stagewise.recipes.autoencoder import VAE, encode, find_vae, fingerprint, load_vae, to_pixels
 from stagewise.recipes.encode_record import SETTINGS, Record
 from stagewise.recipes.encode_writers import WRITERS, Moments, Writer
-from stagewise.recipes.image_folder import ImageList, Pictures, collate, find_images
+from stagewise.recipes.image_folder import ImageList, Pictures, find_images
 
 __all__ = ["main", "parser", "run"]
 
@@ -82,8 +82,8 @@ def _encode(
     ]
     loader: DataLoader[Any] = DataLoader(
         Pictures(images, options.size),
-        batch_sampler=[list(indices) for _, indices in batches],
-        collate_fn=collate,
+        batch_size=None,  # the data set makes batches itself
+        sampler=[list(indices) for _, indices in batches],
         num_workers=options.num_workers,
         pin_memory=vae.device.type == "cuda",
     )

@@ -20,6 +20,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -118,14 +119,13 @@ class Record:
 
     def number(self, block: int) -> int:
         """The number of a block among those with rows; it stays when the block is written again."""
-        numbers = [held.get("number") for held in self._blocks]
-        if (held := numbers[block]) is not None:
-            return held
-        return max((number for number in numbers if number is not None), default=-1) + 1
+        numbers = [held["number"] for held in self._blocks if held.get("number") is not None]
+        own = self._blocks[block].get("number")
+        return max(numbers, default=-1) + 1 if own is None else own
 
     def add(self, batch: Batch, indices: range) -> None:
         """Records the pictures of a batch, and which are left out."""
-        names = {index: self.images.files[index] for index in indices}
+        names = self.images.files
         for index, found in zip(indices, batch.stamps, strict=True):
             self._seen[index - self.start] = found
         self.skipped.update({names[index]: reason for index, reason in batch.broken.items()})
@@ -141,12 +141,6 @@ class Record:
         """Records that a block is on the disk."""
         rows = self.with_rows(block)
         number = self.number(block) if rows else None
-        if number is None and self._blocks[block].get("number") is not None:
-            raise ValueError(
-                f"None of the {len(self.indices(block))} pictures that were encoded before as one "
-                "block can be read, the first is "
-                f"{self.images.files[self.indices(block)[0]]}. Encode into another folder."
-            )
         hashed = "" if number is None else file_hash(self._files_of(number, rows))
         self._blocks[block] |= {"number": number, "files": hashed}
         self._blocks[block]["pictures"] = self._seen_hash(block)
@@ -156,37 +150,32 @@ class Record:
     def drop_damaged(self) -> list[str]:
         """Drops the blocks whose files are missing or damaged, and returns a line for each.
 
-        Raises:
-            ValueError: If pictures of other blocks have changed since they were encoded.
+        Refuses pictures of other blocks that have changed since they were encoded.
         """
-        whole = [block for block in range(len(self._blocks)) if "files" in self._blocks[block]]
+        whole = [block for block, held in enumerate(self._blocks) if "files" in held]
         with ThreadPoolExecutor(16) as pool:  # on a network drive each file takes a while
-            faults = pool.map(self._damaged, whole)
-            damaged = dict(zip(whole, faults, strict=True))
-            rest = [block for block in whole if not damaged[block]]
-            replaced = dict(zip(rest, pool.map(self._replaced, rest), strict=True))
-        for block, picture in replaced.items():
-            listed = self._files(block)
-            if picture and listed:
+            found = pool.map(lambda block: self._damaged(block) or self._replaced(block), whole)
+            faults = {block: fault for block, fault in zip(whole, found, strict=True) if fault}
+        for block, fault in faults.items():
+            if isinstance(fault, Path) and (listed := self._files(block)):
                 raise ValueError(
-                    f"{picture} has changed since it was encoded. Put the old picture back, or "
+                    f"{fault} has changed since it was encoded. Put the old picture back, or "
                     f"delete {listed[0]}: then --resume encodes the {len(self.indices(block))} "
                     "pictures of its block again."
                 )
-        changed = [block for block in whole if damaged[block] or replaced.get(block)]
-        for block in changed:
+        for block in faults:
             # All files: a picture that can no longer be read leaves no row.
             for file in self._files(block):
                 file.unlink(missing_ok=True)
             for index in self.indices(block):
                 self.skipped.pop(self.images.files[index], None)
             self._blocks[block] = {"number": self._blocks[block]["number"]}
-        if changed:
+        if faults:
             self._save()
         return [
-            f"{damaged[block]}: {len(self.indices(block))} pictures are encoded again."
-            for block in changed
-            if damaged[block]
+            f"{fault}: {len(self.indices(block))} pictures are encoded again."
+            for block, fault in faults.items()
+            if isinstance(fault, str)
         ]
 
     def _damaged(self, block: int) -> str:
@@ -286,10 +275,9 @@ def file_hash(files: Sequence[Path]) -> str:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
+    held: dict[str, Any] = {}
+    with suppress(ValueError, TypeError):
         held = dict(json.loads(file.read_bytes()))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Encode into another folder.") from error
     if held.pop(_CHECKSUM, None) != _checksum(held):
         raise ValueError(
             f"{file} does not match its checksum: it is damaged, edited by hand or from an older "

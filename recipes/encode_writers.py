@@ -11,7 +11,6 @@ that was interrupted is written again.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +21,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import replace_file
 from stagewise.latents import write_stats
 from stagewise.latents.arrays import save_arrays
-from stagewise.latents.checksums import write_checksums
 from stagewise.latents.lightningdit import shard_name, write_shard
-from stagewise.latents.mean_std import file_name
+from stagewise.latents.mean_std import file_name, write_index
 from stagewise.recipes.image_folder import ImageList
 
 __all__ = ["WRITERS", "Moments", "Writer"]
@@ -113,7 +110,7 @@ class _MeanStd(Writer):
     def add(self, indices: Sequence[int], moments: Moments, flipped: Moments | None) -> None:
         both = torch.cat(moments, dim=1).to(self.dtype)
         for file, rows in zip(self.files(0, indices), both, strict=True):
-            _save(file, rows)
+            save_arrays(file, rows, sync=False)  # `close` waits for the disk
 
     @override
     def files(self, number: int, indices: Sequence[int]) -> list[Path]:
@@ -121,10 +118,8 @@ class _MeanStd(Writer):
 
     @override
     def finish(self, indices: Sequence[int]) -> list[Path]:
-        text = json.dumps({"labels": [[file_name(i), self.images.labels[i]] for i in indices]})
-        index = self.folder / self.subfolder / "dataset.json"
-        replace_file(index, lambda file: file.write_text(text))
-        return [index, write_checksums(index.parent, [index, *self.files(0, indices)])]
+        listed = [(file_name(index), self.images.labels[index]) for index in indices]
+        return write_index(self.folder / self.subfolder, listed)
 
 
 class _EDM2(_MeanStd):
@@ -144,7 +139,7 @@ class _MAR(Writer):
             for mean, std in (moments, flipped or moments)
         ]
         for file, rows, mirrored in zip(self.files(0, indices), *both, strict=True):
-            _save(file, {"moments": rows, "moments_flip": mirrored})
+            save_arrays(file, {"moments": rows, "moments_flip": mirrored}, sync=False)
 
     @override
     def files(self, number: int, indices: Sequence[int]) -> list[Path]:
@@ -169,8 +164,3 @@ WRITERS: dict[str, type[Writer]] = {
     "edm2": _EDM2,
     "mar": _MAR,
 }
-
-
-def _save(file: Path, held: Tensor | dict[str, Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_arrays(file, held, sync=False)  # `close` waits for the disk

@@ -25,7 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from stagewise.recipes.to_rgb import to_rgb
 
-__all__ = ["Batch", "ImageList", "Picture", "Pictures", "centre_crop", "collate", "find_images"]
+__all__ = ["Batch", "ImageList", "Pictures", "centre_crop", "find_images"]
 
 
 @dataclass(frozen=True)
@@ -133,61 +133,42 @@ def _number(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
-class Picture(NamedTuple):
-    """A picture of a list, (3, size, size) uint8, or why it cannot be read."""
+class Batch(NamedTuple):
+    """Pictures (B, 3, size, size) uint8, None if all are broken, with their numbers."""
 
-    number: int
-    pixels: Tensor | None
-    reason: str
-    notes: tuple[str, ...]  # what `to_rgb` changed
-    stamp: tuple[int, int]  # of the file, and a hash
+    indices: list[int]
+    pictures: Tensor | None
+    broken: dict[int, str]  # why others cannot be read
+    notes: dict[int, list[str]]  # what `to_rgb` changed
+    stamps: list[tuple[int, int]]  # of all files, with a hash
 
 
-class Pictures(Dataset[Picture]):
-    """Pictures of a list.
+class Pictures(Dataset[Batch]):
+    """Batches of pictures of a list, by their numbers.
 
-    An unreadable picture is returned with the reason: a loader would end at an error.
+    Unreadable pictures are named with the reason: a loader would end at an error.
     """
 
     def __init__(self, images: ImageList, size: int) -> None:
         self.images, self.size = images, size
 
-    def __len__(self) -> int:
-        return len(self.images.files)
-
-    def __getitem__(self, index: int) -> Picture:
-        """A picture, or why it cannot be read."""
-        found = (0, 0)
-        try:
-            found, data = read_stamped(self.images.folder / self.images.files[index])
-            with Image.open(io.BytesIO(data)) as picture:
-                upright, notes = to_rgb(picture)
-                pixels = np.array(centre_crop(upright, self.size))
-        except Exception as error:  # decoders raise what they like
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return Picture(index, None, reason, (), found)
-        return Picture(
-            index, torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "", tuple(notes), found
-        )
-
-
-class Batch(NamedTuple):
-    """Pictures (B, 3, H, W) with their numbers, None if all are broken, and why others are."""
-
-    indices: list[int]
-    pictures: Tensor | None
-    broken: dict[int, str]
-    notes: dict[int, tuple[str, ...]]
-    stamps: list[tuple[int, int]]  # of all
-
-
-def collate(items: Sequence[Picture]) -> Batch:
-    """A batch of pictures."""
-    whole = [(item.number, item.pixels) for item in items if item.pixels is not None]
-    return Batch(
-        [index for index, _ in whole],
-        torch.stack([pixels for _, pixels in whole]) if whole else None,
-        {item.number: item.reason for item in items if item.pixels is None},
-        {item.number: item.notes for item in items if item.notes},
-        [item.stamp for item in items],
-    )
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        """The pictures that can be read, and why others cannot."""
+        whole: dict[int, Tensor] = {}
+        noted: dict[int, list[str]] = {}
+        broken, stamps = {}, []
+        for index in indices:
+            mark = (0, 0)
+            try:
+                mark, data = read_stamped(self.images.folder / self.images.files[index])
+                with Image.open(io.BytesIO(data)) as picture:
+                    upright, notes = to_rgb(picture)
+                    pixels = np.array(centre_crop(upright, self.size))
+                whole[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+                if notes:
+                    noted[index] = notes
+            except Exception as error:  # decoders raise what they like
+                broken[index] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            stamps.append(mark)
+        pictures = torch.stack(list(whole.values())) if whole else None
+        return Batch(list(whole), pictures, broken, noted, stamps)

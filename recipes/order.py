@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sized
@@ -26,16 +27,13 @@ class EpochOrder(DistributedSampler[int]):
     Lightning sets the epoch, and does not replace a `DistributedSampler`.
 
     Args:
-        dataset: What is ordered; only its length is used.
+        dataset: What is ordered; only its length is used, at least B R.
         batch_size: B, of each rank.
         seed: Default 0.
         rank: Default 0.
         num_replicas: R, default 1.
         on_epoch: Called with each epoch before its order is made.
         trained: Returns the number of batches trained so far, for `set_epoch`.
-
-    Raises:
-        ValueError: If there are fewer than B R samples.
     """
 
     def __init__(
@@ -89,10 +87,9 @@ class EpochOrder(DistributedSampler[int]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EpochOrder:
         """The same order at the beginning of its epoch, without the two callbacks."""
-        options: dict[str, Any] = {"seed": self.seed, "rank": self.rank}
-        options["num_replicas"] = self.num_replicas
-        order = EpochOrder(cast(Sized, self.dataset), self.batch_size, **options)
-        order.epoch = self.epoch
+        order = copy.copy(self)
+        order.on_epoch = order._trained = order._begun = None
+        order._start = order._offset = 0
         return order
 
     def __iter__(self) -> Iterator[int]:
@@ -108,12 +105,8 @@ class EpochOrder(DistributedSampler[int]):
 class ResumableData(L.LightningDataModule):
     """A data module whose training resumes with the batch after that of the checkpoint.
 
-    Lightning alone would restart the interrupted epoch.
-
-    Args:
-        batch_size: Of each rank.
-        num_workers: Worker processes of each loader.
-        seed: Of the order.
+    Lightning alone would restart the interrupted epoch. `batch_size` is that of each rank, `seed`
+    that of the order.
     """
 
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
@@ -128,9 +121,7 @@ class ResumableData(L.LightningDataModule):
     ) -> DataLoader[Any]:
         """Shuffled batches, from the place of the run; the next call starts from the beginning.
 
-        Raises:
-            ValueError: If the checkpoint was made with other samples, or another number of samples
-                in all or per step.
+        Refuses a checkpoint made with other samples, or another number of them in all or per step.
         """
         rank, ranks = self.ranks()
         order = EpochOrder(
@@ -201,10 +192,7 @@ class ResumableData(L.LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The `epoch` and the next `batch` of it.
-
-        And what a resumed run must share: `batch_size` over all ranks, `samples`, `fingerprint`.
-        """
+        """The `epoch`, the next `batch` of it, and what a resumed run must share."""
         trainer, order = self.trainer, self._order
         if trainer is None or trainer.train_dataloader is None or order is None:
             return {}

@@ -1,15 +1,9 @@
 """A real image data set without a download: patches of photographs inside installed wheels.
 
-The wheels of scikit-image and scikit-learn carry seven colour photographs of everyday scenes:
-
-    astronaut   512 x 512   scikit-image      motorcycle  500 x 741   scikit-image
-    chelsea     300 x 451   scikit-image      china       427 x 640   scikit-learn
-    coffee      400 x 600   scikit-image      flower      427 x 640   scikit-learn
-    rocket      427 x 640   scikit-image
-
-Left out are grey and synthetic images, those from microscope, fundus camera and telescope (nearly
-all of one texture), and the right half of the stereo pair, which shows the motorcycle again and
-would put held-out content into the training set.
+The wheels of scikit-image and scikit-learn carry seven colour photographs of everyday scenes, of
+300 x 451 to 500 x 741 pixels. Left out are grey and synthetic images, those from microscope, fundus
+camera and telescope (nearly all of one texture), and the right half of the stereo pair, which shows
+the motorcycle again and would put held-out content into the training set.
 
 `PhotoPatches` cuts them into small patches, labelled by photograph:
 
@@ -54,12 +48,7 @@ _SPLITS = ("train", "held_out")
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """The photographs in the installed wheels by name, `(H, W, 3)` uint8, in a fixed order.
-
-    Raises:
-        ModuleNotFoundError: If scikit-image or scikit-learn is not installed.
-        FileNotFoundError: If an installed release no longer ships a photograph.
-    """
+    """The photographs in the installed wheels by name, `(H, W, 3)` uint8, in a fixed order."""
     return {name: _read(name, *where) for name, where in _FILES.items()}
 
 
@@ -82,6 +71,10 @@ class PhotoPatches(ResumableData):
         seed: Of tiles, positions and shuffling, default 0. Which tiles are held out does not depend
             on the two sizes.
         num_workers: Worker processes of each loader, default 0.
+
+    Attributes:
+        positions: From `setup` on, where the patches of "train" and "held_out" were taken, in their
+            order, (N, 3), int64: index of the photograph, row and column of the top left pixel.
 
     Raises:
         ValueError: If an argument is out of range; from `setup`, if a photograph has too few
@@ -106,7 +99,7 @@ class PhotoPatches(ResumableData):
         super().__init__(batch_size, num_workers, seed)
         self.patch, self.block, self.sizes = patch, block, (train_size, held_out_size)
         self.held_out_share, self.min_contrast = held_out_share, min_contrast
-        self._positions: dict[str, np.ndarray] = {}
+        self.positions: dict[str, np.ndarray] = {}
         names = ("patch", "train_size", "held_out_size", "batch_size")
         for name, value in zip(names, (patch, *self.sizes, batch_size), strict=True):
             if value < 1:
@@ -120,11 +113,6 @@ class PhotoPatches(ResumableData):
             raise ValueError(f"Expected `held_out_share` in (0, 1), got {held_out_share}.")
         if min_contrast < 0:
             raise ValueError(f"Expected `min_contrast` of at least 0, got {min_contrast}.")
-        if batch_size > train_size:
-            raise ValueError(
-                f"Expected `batch_size` of at most `train_size`, since the last, smaller batch "
-                f"is dropped; got batch_size={batch_size}, train_size={train_size}."
-            )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -146,19 +134,9 @@ class PhotoPatches(ResumableData):
         x1, labels = self.train.tensors
         return torch.stack([x1[labels == label][:count] for label in classes])
 
-    def positions(self, split: str) -> np.ndarray:
-        """Where the patches of "train" or "held_out" were taken, in the order of the data set.
-
-        `(N, 3)` int64: index of the photograph, row and column of the top left pixel.
-        """
-        if split not in _SPLITS:
-            raise ValueError(f"Expected `split` to be one of {_SPLITS}, got {split!r}.")
-        self.setup()
-        return self._positions[split]
-
     def setup(self, stage: str | None = None) -> None:
         """Cuts the patches, once."""
-        if self._positions:
+        if self.positions:
             return
         images = list(photographs().values())
         corners = [self._corners(label, image) for label, image in enumerate(images)]
@@ -173,7 +151,7 @@ class PhotoPatches(ResumableData):
             ]
             x_1 = torch.from_numpy(np.concatenate(patches)).float().div_(127.5).sub_(1)
             setattr(self, split, TensorDataset(x_1, torch.from_numpy(labels)))
-            self._positions[split] = np.column_stack([labels, np.concatenate(parts)])
+            self.positions[split] = np.column_stack([labels, np.concatenate(parts)])
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of `train`; the last, smaller one is dropped."""

@@ -42,13 +42,8 @@ _FREE = tuple(
 def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
     """The checkpoint that training continues from, or None.
 
-    With `resume`, the newest whole one of the run, with a warning for each damaged one.
-
-    Raises:
-        FileExistsError: If the folder holds a run, and `resume` is false.
-        FileNotFoundError: If there is no `ckpt_path`.
-        ValueError: If the run has another model, data or seed, none of its checkpoints is whole, or
-            `resume` is true without a `run_dir`.
+    With `resume`, the newest whole one of the run, with a warning for each damaged one. Refuses a
+    folder that holds a run if `resume` is false, and a run of another model, data or seed.
     """
     folder, file = run_dir / "checkpoints", run_dir / "config.yaml"
     there = any(folder.glob("*.ckpt"))
@@ -131,10 +126,7 @@ def require_shards(callbacks: Iterable[object], data: Any) -> None:
 def begin_with(module: FlowMatchingModule, file: Path, data: Any) -> None:
     """Loads weights to begin with: a checkpoint of a run, or public weights.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is of another model, or public weights were trained on latents of another
-            scale than those of `data`.
+    Refuses those of another model, and public ones for latents of another scale than `data`.
     """
     if not file.is_file():
         raise FileNotFoundError(f"There is no file of weights {file} (weights).")
@@ -150,9 +142,8 @@ def begin_with(module: FlowMatchingModule, file: Path, data: Any) -> None:
 def explain_resume(run_dir: Path, trainer: L.Trainer, begun: int) -> Iterator[None]:
     """Says how to resume a training that ends early, after it has begun at step `begun`.
 
-    Raises:
-        KeyboardInterrupt: For Ctrl-C, which Lightning turns into an exit.
-        SystemExit: For SIGTERM, with the code of shells, 143; that of Lightning is 0.
+    Ctrl-C, which Lightning turns into an exit, is a KeyboardInterrupt again, and SIGTERM an exit
+    with the code of shells, 143; that of Lightning is 0.
     """
     try:
         yield

@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from stagewise.files import Problem, joined, replace_file
-from stagewise.latents.arrays import Rows, array_entry, check_zip, save_arrays
+from stagewise.latents.arrays import array_entry, check_zip, save_arrays
 
 __all__ = ["Ranks", "SampleFolder", "group_of_ranks"]
 
@@ -181,7 +181,7 @@ class SampleFolder:
         """Draws the first samples in a grid; the PNG, and what it shows."""
         entry, count = array_entry(self.file, "arr_0.npy"), min(count, self.count)
         assert entry is not None
-        x = Rows.of(self.file, entry).block(0, count)
+        x = entry.rows(0, count)
         name, about = "grid.png", f"the first {count} samples"
         if self.kind == "pictures":
             shown = x.permute(0, 3, 1, 2) / 255

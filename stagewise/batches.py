@@ -23,9 +23,11 @@ __all__ = [
     "LABEL_NAMES",
     "PADDED",
     "ReadBatch",
+    "as_labels",
     "describe",
     "read_checked",
     "find_sample",
+    "is_one_hot",
     "leaves_of",
     "others_in",
     "seems_padded",
@@ -56,13 +58,14 @@ def _is_sample(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
 
-def _is_one_hot(value: object) -> bool:
+def is_one_hot(value: object) -> bool:
+    """Whether it is a tensor (N, k) with a single 1 and zeros in each row."""
     if not isinstance(value, Tensor) or value.is_complex() or value.ndim != 2 or value.shape[1] < 2:
         return False
     return bool(((value == 0) | (value == 1)).all() and (value.sum(1) == 1).all())
 
 
-def _as_labels(value: object, length: int, *, booleans: bool) -> Tensor | None:
+def as_labels(value: object, length: int, *, booleans: bool) -> Tensor | None:
     """Labels as int64, (B,); None if a value is not whole numbers of shape (B,) or (B, 1)."""
     if not isinstance(value, Tensor) or value.shape not in ((length,), (length, 1)):
         return None
@@ -119,7 +122,7 @@ def leaves_of(value: Any, place: str = "batch", depth: int = 6) -> Iterator[tupl
 def suggested_read_batch(batch: Any) -> str:
     """A `read_batch` to paste: the first tensor that may be `x_1`, and its labels."""
     leaves = [(place, value) for place, value in leaves_of(batch) if value.ndim]
-    samples = [pair for pair in leaves if _is_sample(pair[1]) and not _is_one_hot(pair[1])]
+    samples = [pair for pair in leaves if _is_sample(pair[1]) and not is_one_hot(pair[1])]
     images = [pair for pair in leaves if pair[1].ndim > 1 and pair[1].dtype == torch.uint8]
     if not samples and not images:
         return "read_batch=lambda batch: (batch[0], None)"
@@ -127,7 +130,7 @@ def suggested_read_batch(batch: Any) -> str:
     whole = {
         at: value
         for at, value in leaves
-        if at != place and _as_labels(value, len(x1), booleans=False) is not None
+        if at != place and as_labels(value, len(x1), booleans=False) is not None
     }
     integers = [at for at, value in whole.items() if _is_integer(value)]
     scaled = place if samples else f"{place}.float() / 127.5 - 1"
@@ -182,7 +185,7 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
         key: labels
         for key in keys
         if key != found[0]
-        and (labels := _as_labels(entries[key], len(x1), booleans=named)) is not None
+        and (labels := as_labels(entries[key], len(x1), booleans=named)) is not None
     }
     # Weights are floats and masks are booleans: they count only if there are no integers.
     integers = {key: value for key, value in usable.items() if _is_integer(entries[key])}
@@ -208,7 +211,7 @@ def _sample_keys(entries: dict[Any, Any], named: bool) -> list[Any]:
     found = [key for key, value in entries.items() if _is_sample(value)]
 
     def is_label(value: Tensor) -> bool:
-        return _is_one_hot(value) or _as_labels(value, len(value), booleans=False) is not None
+        return is_one_hot(value) or as_labels(value, len(value), booleans=False) is not None
 
     def is_column(value: Tensor) -> bool:
         return value.shape[1:] == (1,)
@@ -237,7 +240,7 @@ def read_checked(read_batch: ReadBatch, batch: Any) -> tuple[Tensor, Any]:
     if isinstance(found, (tuple, list)) and len(found) in (2, 3) and _is_sample(found[0]):
         x1, labels, *mask = found
         masked = isinstance(labels, MaskedLabels)
-        whole = None if masked else _as_labels(labels, len(x1), booleans=True)
+        whole = None if masked else as_labels(labels, len(x1), booleans=True)
         if labels is None or masked or whole is not None:
             labels = labels if masked else whole
             return x1, MaskedLabels.of(labels, mask[0], x1) if mask else labels
@@ -266,10 +269,10 @@ def unused_in(
     x1_at = next((place for place, value in leaves if _equal(value, x1)), "batch[0]")
     lines = []
     for place, value in leaves:
-        whole = _as_labels(
+        whole = as_labels(
             torch.as_tensor(value) if _is_numbers(value) else value, len(x1), booleans=True
         )
-        one_hot = value.int().argmax(1) if _is_one_hot(value) else None
+        one_hot = value.int().argmax(1) if is_one_hot(value) else None
         if (
             place == x1_at
             or _equal(value, x1)
@@ -329,7 +332,7 @@ def _as_cure(place: str, value: Any, whole: bool) -> str | None:
     """The expression that turns a value into labels; None if it cannot be meant as labels."""
     if whole:
         return f"torch.as_tensor({place})" if _is_numbers(value) else place
-    if _is_one_hot(value):
+    if is_one_hot(value):
         return f"{place}{'.int()' if value.dtype == torch.bool else ''}.argmax(1)"
     if isinstance(value, Tensor):
         flat = value.ndim == 1 or value.shape[1:] == (1,)

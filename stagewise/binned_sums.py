@@ -50,20 +50,11 @@ class BinnedSums:
         MPS has no float64: give it float32.
         """
         bounds = torch.as_tensor(edges, dtype=dtype)
-        if bounds.ndim != 1 or len(bounds) < 2 or bool((bounds.diff() < 0).any()):
-            raise ValueError(f"Expected ascending `edges`, (T + 1,), got {bounds.tolist()}.")
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"Expected distinct `keys`, got {list(keys)}.")
         values = bounds.new_zeros(len(keys), len(bounds) - 1)
         return cls(bounds, tuple(keys), bounds.new_zeros(len(bounds) - 1), values, values, values)
 
     def update(self, t: Tensor, values: Tensor) -> None:
-        """Adds samples; costs no device sync.
-
-        Args:
-            t: Times, (B,).
-            values: (K, B), in the order of the keys.
-        """
+        """Adds `values`, (K, B), of samples at times `t`, (B,); costs no device sync."""
         inside = self._inside(t.to(self.edges.dtype), self.edges)
         finite = values.isfinite()
         kept = torch.where(finite, values, 0.0).to(inside.dtype)
@@ -75,10 +66,9 @@ class BinnedSums:
     def means(self) -> dict[str, Tensor]:
         """By bins, (T,), NaN where a bin is empty.
 
-        Returns:
-            Each key: the mean, and `<key>_se`: its standard error, NaN below two values; `count`:
-            how many samples; `share`: that as a share of all samples; `nonfinite`: how many values
-            of the samples in a bin were not finite.
+        Each key: the mean, and `<key>_se`: its standard error, NaN below two values; `count`: how
+        many samples; `share`: that as a share of all samples; `nonfinite`: how many values of the
+        samples in a bin were not finite.
         """
         mean = self.total / self.finite
         variance = (self.square / self.finite - mean**2).clamp_min(0)

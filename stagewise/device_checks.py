@@ -11,15 +11,10 @@ __all__ = ["require_all", "seen_within"]
 
 
 def require_all(ok: Tensor, message: str, more: Callable[[], str]) -> None:
-    """Refuses values that are not all `ok`.
+    """Refuses values that are not all `ok`, a bool tensor of any shape.
 
-    Args:
-        ok: Which values are right, bool, any shape.
-        message: What was expected. On an accelerator CUDA prints it and ends the process.
-        more: The rest of the message, from the values; called on the host only.
-
-    Raises:
-        ValueError: On a CPU, if any is wrong.
+    On a CPU by a ValueError, with `more` of the values; on an accelerator CUDA prints the message
+    and ends the process.
     """
     if ok.device.type != "cpu":
         torch._assert_async(ok.all(), message)

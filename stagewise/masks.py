@@ -85,9 +85,9 @@ class MaskedLabels:
 
     def keys(self, null_class: int | None = None) -> Tensor:
         """The key of each pair, (B,), int64; of the mask alone for a label None or `null_class`."""
-        from stagewise.bank.row_keys import mask_keys  # the bank imports this module
+        from stagewise.bank.row_keys import row_keys  # the bank imports this module
 
-        key, labels = mask_keys(self.entries.flatten(1)), self.labels
+        key, labels = row_keys(self.entries.flatten(1)), self.labels
         if labels is None:
             return key
         if not isinstance(labels, Tensor):

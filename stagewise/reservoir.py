@@ -102,16 +102,15 @@ class Reservoir(LatentBank):
         if self.seen and given != before:
             raise ValueError(f"Expected {before} as before, got {given}.")
         there = self._from_oldest[max(0, len(self) + count - self.size) :].to(x1.device)
-        kept = self.rows.to(x1.device)[there] if self.seen else x1[:0].flatten(1)
-        x = torch.cat([x1.detach().flatten(1), kept.to(x1)])
-        if labels is not None:
-            labels = labels.detach().to(x.device)
-            old = labels[:0] if self._labels is None else self._labels.to(x.device)[there]
-            labels = torch.cat([labels, old.to(labels)])
+
+        def joined(new: Tensor, kept: Tensor | None) -> Tensor:
+            new = new.detach().to(x1.device)
+            return torch.cat([new, kept.to(new)[there]]) if self.seen and kept is not None else new
+
+        x = joined(x1.flatten(1), self.rows)
+        labels = None if labels is None else joined(labels, self._labels)
         if conditions is not None:
-            conditions = conditions.detach().to(x.device).reshape(count, -1)
-            old = conditions[:0] if self.conditions is None else self.conditions[there]
-            conditions = torch.cat([conditions, old.to(conditions)])
+            conditions = joined(conditions.reshape(count, -1), self.conditions)
         made = LatentBank(x.reshape(-1, *x1.shape[1:]), labels, conditions=conditions)
         at = torch.arange(len(x), device=x.device).roll(-count)
         if labels is not None and made.index is not None:

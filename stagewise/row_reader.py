@@ -22,12 +22,8 @@ class RowReader:
 
     If the data set has a method `fixed()`, what that returns is read: its samples without random
     draws. If it is several times as long (both flips of each), i + N is a version of sample i.
-    Refuses data sets that cannot be read twice or have no length, with the cure.
-
-    Args:
-        loader: The training loader, which is not advanced.
-        read_batch: From a batch to `(x_1, labels or None)`.
-        move: From a batch of the loader to that of a training step.
+    Refuses data sets that cannot be read twice or have no length, with the cure. `move` makes a
+    batch of a training step from one of the loader.
     """
 
     def __init__(self, loader: Any, read_batch: ReadBatch, move: Callable[[Any], Any]) -> None:

@@ -24,13 +24,9 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 def beside(work: Callable[[], tuple[Tensor, ...]], *reads: Any) -> Callable[[], tuple[Tensor, ...]]:
     """Queues work on a side stream; returns a function that waits for it and returns its result.
 
-    Results are bitwise the same: random draws keep the order of the calls. Without CUDA, or in a
-    CUDA graph, the work runs at once.
-
-    Args:
-        work: May read everything queued so far.
-        *reads: Its inputs that may be freed before the result is used. The first one, a tensor,
-            decides the device.
+    It may read everything queued so far. `reads` are its inputs that may be freed before the result
+    is used; the first one, a tensor, decides the device. Results are bitwise the same: random draws
+    keep the order of the calls. Without CUDA, or in a CUDA graph, the work runs at once.
     """
     first = reads[0]
     if not _runs_beside(first):

@@ -6,7 +6,7 @@ the system refuses for files larger than its memory.
 
 Files written here have checksums in their metadata, one for the header and one for each tensor. The
 header's is compared when a file is opened, a tensor's when it is read into memory; mapped tensors
-are compared by `check_tensor` only, which reads all of them.
+are compared by `Entry.verify` only, which reads all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,13 @@ from stagewise.files import Damaged, FilePath, Problem, replace_file
 
 __all__ = [
     "Entry",
-    "check_tensor",
     "is_computed",
+    "lay_out",
     "map_file",
-    "map_tensor",
     "pack_header",
     "read_computed",
     "read_header",
     "read_metadata",
-    "read_tensor",
     "write_tensors",
 ]
 
@@ -77,15 +75,8 @@ def write_tensors(path: FilePath, tensors: dict[str, Tensor], about: dict[str, s
     # The widest types first: then each tensor begins at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     data = {name: tensors[name].detach().cpu().contiguous() for name in order}
-    end, header, sums = 0, {}, {}
-    for name, tensor in data.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        sums[name] = zlib.crc32(_bytes(tensor))
+    header, _ = lay_out({name: (tensor.dtype, tensor.shape) for name, tensor in data.items()})
+    sums = {name: zlib.crc32(_bytes(tensor)) for name, tensor in data.items()}
     text = pack_header(header, about, sums)
     text = text.ljust(len(text) + -len(text) % 8)
 
@@ -100,6 +91,18 @@ def write_tensors(path: FilePath, tensors: dict[str, Tensor], about: dict[str, s
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> tuple[dict[str, Any], int]:
+    """The header of tensors of these types and shapes, one after the other, and their bytes."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        place = {"shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _NAMES[dtype], **place}
+    return header, end
 
 
 def pack_header(header: dict[str, Any], about: dict[str, str], sums: dict[str, int]) -> bytes:
@@ -122,23 +125,67 @@ def _header_sum(header: dict[str, Any], sums: str) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: its shape, type and first byte, counted from the start of the file.
+    """A tensor in a file."""
 
-    `swapped`: its numbers have the opposite byte order. `name`: its key in the file. `crc32`: its
-    checksum, if the file has one.
-    """
-
+    path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
-    start: int
-    swapped: bool = False
-    name: str = ""
-    crc32: int | None = None
+    start: int  # its first byte, from the start of the file
+    swapped: bool = False  # the opposite byte order
+    name: str = ""  # its key in the file
+    crc32: int | None = None  # its checksum, if the file has one
 
     @property
     def nbytes(self) -> int:
         """Its length in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def verify(self) -> bool:
+        """Reads it and compares its checksum, or raises `Damaged`; False if there is none."""
+        if self.crc32 is None:
+            return False
+        found, left = 0, self.nbytes
+        with open(self.path, "rb") as stream:
+            stream.seek(self.start)
+            while left and (block := stream.read(min(_BLOCK, left))):
+                found, left = zlib.crc32(block, found), left - len(block)
+        self._require(not left and found == self.crc32)
+        return True
+
+    def map(self) -> tuple[Tensor, mmap.mmap]:
+        """The tensor and its pages; writing to it ends the process."""
+        pages = map_file(self.path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            flat = torch.frombuffer(
+                pages, dtype=self.dtype, count=math.prod(self.shape), offset=self.start
+            )
+        return flat.view(self.shape), pages
+
+    def read(self) -> Tensor:
+        """The tensor in memory: faster than a mapping for few numbers."""
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        with open(self.path, "rb") as stream:
+            stream.seek(self.start)
+            data = bytearray(self.nbytes)
+            if stream.readinto(data) != self.nbytes:
+                raise Problem(f"{self.path} has become shorter since it was opened. Copy it again.")
+        self._require(self.crc32 is None or zlib.crc32(data) == self.crc32)
+        if self.swapped:
+            size = self.dtype.itemsize
+            data = bytearray(np.frombuffer(data, np.uint8).reshape(-1, size)[:, ::-1].tobytes())
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`, in memory, without a comparison."""
+        shape = (stop - start, *self.shape[1:])
+        before = start * math.prod(shape[1:]) * self.dtype.itemsize
+        return replace(self, shape=shape, start=self.start + before, crc32=None).read()
+
+    def _require(self, alike: bool) -> None:
+        if not alike:
+            raise Damaged.of(self.path, f"`{self.name}` does not match its checksum")
 
 
 def read_header(path: FilePath) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -147,40 +194,42 @@ def read_header(path: FilePath) -> tuple[dict[str, Entry], dict[str, str]]:
     Tensors of types that torch cannot read are left out. Raises a `Problem` if it is another kind
     of file, is incomplete, or does not match its checksum.
     """
-    size = os.stat(path).st_size
+    path = Path(path)
+    size = path.stat().st_size
     with open(path, "rb") as file:
         data = 8 + int.from_bytes(file.read(8), "little")
         if file.read(1) != b"{":
             raise Problem(f"Expected a safetensors file, got {path}, which does not begin as one.")
-        cut = data > size
-        header: dict[str, Any] = {}
-        if not cut:
-            try:
-                with safe_open(path, framework="np"):
-                    pass
-            except SafetensorError as error:
-                cut = any(words in str(error) for words in _LENGTH)
-                if not cut:
-                    kind = "its header is no JSON of tensors: " if "JSON" in str(error) else ""
-                    raise Damaged.of(path, f"{kind}{error}") from error
-            file.seek(8)
-            header = json.loads(file.read(data - 8))
-    sums: dict[str, int] = {}
-    if not cut:
-        sums = _checksums(path, header)
+        if data > size:
+            raise _cut(path, data, size)
+        file.seek(8)
+        text = file.read(data - 8)
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        if any(words in str(error) for words in _LENGTH):
+            held = {**json.loads(text), "__metadata__": {"data_offsets": (0, 0)}}
+            end = data + max(entry["data_offsets"][1] for entry in held.values())
+            raise _cut(path, end, size) from error
+        kind = "its header is no JSON of tensors: " if "JSON" in str(error) else ""
+        raise Damaged.of(path, f"{kind}{error}") from error
+    header: dict[str, Any] = json.loads(text)
+    sums = _checksums(path, header)
     about = header.pop("__metadata__", None) or {}
     about.pop(_SUMS, None)
-    if cut:
-        end = data + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        kind = "truncated" if size < end else "damaged"
-        raise Damaged.of(path, f"{end} bytes were announced, {size} are there", kind)
     entries = {}
     for name, entry in header.items():
         if entry["dtype"] in _DTYPES:
             shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
             start = data + entry["data_offsets"][0]
-            entries[name] = Entry(shape, dtype, start, name=name, crc32=sums.get(name))
+            entries[name] = Entry(path, shape, dtype, start, name=name, crc32=sums.get(name))
     return entries, about
+
+
+def _cut(path: Path, end: int, size: int) -> Damaged:
+    kind = "truncated" if size < end else "damaged"
+    return Damaged.of(path, f"{end} bytes were announced, {size} are there", kind)
 
 
 def _checksums(path: FilePath, header: dict[str, Any]) -> dict[str, int]:
@@ -195,52 +244,10 @@ def _checksums(path: FilePath, header: dict[str, Any]) -> dict[str, int]:
     return dict(json.loads(text))
 
 
-def check_tensor(path: FilePath, entry: Entry) -> bool:
-    """Reads a tensor and compares its checksum; False if there is none, `Damaged` if it differs."""
-    if entry.crc32 is None:
-        return False
-    found, left = 0, entry.nbytes
-    with open(path, "rb") as stream:
-        stream.seek(entry.start)
-        while left and (block := stream.read(min(_BLOCK, left))):
-            found, left = zlib.crc32(block, found), left - len(block)
-    if left or found != entry.crc32:
-        raise Damaged.of(path, f"`{entry.name}` does not match its checksum")
-    return True
-
-
 def map_file(path: FilePath) -> mmap.mmap:
     """The pages of a file, read-only."""
     with open(path, "rb") as stream:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def map_tensor(path: FilePath, entry: Entry) -> tuple[Tensor, mmap.mmap]:
-    """A tensor of a file and its pages; writing to it ends the process."""
-    pages = map_file(path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        flat = torch.frombuffer(
-            pages, dtype=entry.dtype, count=math.prod(entry.shape), offset=entry.start
-        )
-    return flat.view(entry.shape), pages
-
-
-def read_tensor(path: FilePath, entry: Entry) -> Tensor:
-    """A tensor of a file, in memory: faster than a mapping for few numbers."""
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    with open(path, "rb") as stream:
-        stream.seek(entry.start)
-        data = bytearray(entry.nbytes)
-        if stream.readinto(data) != entry.nbytes:
-            raise Problem(f"{path} has become shorter since it was opened. Copy it again.")
-    if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
-        raise Damaged.of(path, f"`{entry.name}` does not match its checksum")
-    if entry.swapped:
-        size = entry.dtype.itemsize
-        data = bytearray(np.frombuffer(data, np.uint8).reshape(-1, size)[:, ::-1].tobytes())
-    return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
 
 
 # -- results that are computed once for a bank and kept -----------------------------------------
@@ -299,7 +306,7 @@ def read_computed(
             has = entries.get(key)
             if has is None or has.dtype != dtype or not _fits(has.shape, shape):
                 raise Damaged.of(path, f"there is no `{key}` of {dtype} and shape {shape}")
-            found.append(read_tensor(path, has))
+            found.append(has.read())
     return found
 
 

@@ -25,14 +25,10 @@ def through_module(
     encode: Encode | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> ReadBatch:
-    """A `read_batch` of the batch only; runs in eval mode, without gradients.
+    """A `read_batch` of the batch only, from one of a batch, or of a batch and the module.
 
-    Args:
-        read_batch: From a batch, or a batch and the module, to what a `read_batch` returns. If it
-            needs no module, and there is no `encode`, it is returned itself.
-        module: The module.
-        encode: Applied to `x_1` afterwards, default nothing.
-        context: Makes the context of training's precision.
+    `encode` is applied to `x_1` afterwards. Both run in eval mode, without gradients, in the
+    `context` of training's precision. What needs no module is returned itself.
     """
     takes_module = _takes_module(read_batch)
     if not takes_module and encode is None:

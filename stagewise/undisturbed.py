@@ -6,6 +6,7 @@ import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -53,13 +54,9 @@ def same_draws() -> Iterator[None]:
 def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None]:
     """Restores every generator of a run, and the mode of every submodule, at the end.
 
-    Inside, all generators start from the same seed, so that draws are the same on every rank and
-    each time; gradients are off, and the module is in evaluation mode.
-
-    Args:
-        module: The trained module, which a `read_batch` may call.
-        others: Other objects that may hold a generator: loader, functions.
-        seed: Of all generators, default 0.
+    `others` are objects that may hold a generator: loader, functions. Inside, all generators start
+    from the same seed, so that draws are the same on every rank and each time; gradients are off,
+    and the module, which a `read_batch` may call, is in evaluation mode.
     """
     generators = [_access(generator) for generator in _generators([module, *others])]
     kept = [(put, get()) for get, put, _ in generators]
@@ -108,16 +105,10 @@ def _generators(roots: list[Any]) -> list[Any]:
 def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any], Callable[[int], Any]]:
     """Getter and setter of a generator's state, and what seeds it."""
     if isinstance(generator, np.random.BitGenerator):
-
-        def put(state: Any) -> None:
-            generator.state = state
-
+        put = partial(setattr, generator, "state")
         return lambda: generator.state, put, lambda seed: put(type(generator)(seed).state)
     if isinstance(generator, np.random.RandomState):
-
-        def get() -> Any:
-            return generator.get_state(legacy=False)
-
+        get = partial(generator.get_state, legacy=False)
         # Its bit generator is seeded by itself; this clears the cached normal number.
         clear = {"has_gauss": 0, "gauss": 0.0}
         return get, generator.set_state, lambda _: generator.set_state(get() | clear)

@@ -119,7 +119,8 @@ def test_from_batches():
     assert seen == [8, 16, 24, 25]
     assert torch.equal(bank.rows, x.flatten(1)[bank.index])
     assert bank.classes == [0, 1, 2, 3]
-    plain = LatentBank.from_batches(loader, 10, class_wise=False, dtype=torch.bfloat16)
+    only_x = {"read_batch": lambda batch: (batch[0], None)}
+    plain = LatentBank.from_batches(loader, 10, **only_x, dtype=torch.bfloat16)
     assert plain.classes == []
     torch.testing.assert_close(plain.take(torch.arange(10)).float(), x[:10].flatten(1), **HALF_EPS)
     with pytest.raises(ValueError, match="Expected 30 rows in the batches, got 25"):
@@ -671,9 +672,11 @@ def test_what_is_neither_tensor_nor_array_is_refused_with_a_cure():
     for wrong in ([0, 1, 0, 1], np.array(["a", "b", "a", "b"])):
         with pytest.raises(TypeError, match=r"`labels` to be a tensor.*torch\.as_tensor\(labels\)"):
             LatentBank(x, wrong)
-    for wrong in (torch.tensor([0, 0.5, 1, 1]), np.array([0, np.nan, 1, 1])):
-        with pytest.raises(ValueError, match="not all whole numbers"):
-            LatentBank(x, wrong)
+    for odd in (0.5, np.nan, np.inf):
+        wrong = np.array([0, odd, 1, 1])
+        for labels in (wrong, torch.from_numpy(wrong)):
+            with pytest.raises(ValueError, match="not all whole numbers"):
+                LatentBank(x, labels)
     with pytest.raises(TypeError, match=r"floating-point `x`, got torch.int64"):
         LatentBank(np.ones((4, 3), dtype=np.int64))
 

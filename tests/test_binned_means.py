@@ -104,19 +104,6 @@ def test_ranks_are_added_up_as_one_tensor():
     assert len(sent) == 1
 
 
-@pytest.mark.parametrize(
-    ("edges", "keys", "match"),
-    [
-        ([0.0, 0.5, 0.2], "a", "ascending"),
-        ([0.0], "a", "ascending"),
-        ([0.0, 1.0], "aa", "distinct"),
-    ],
-)
-def test_bad_input(edges, keys, match):
-    with pytest.raises(ValueError, match=match):
-        BinnedSums.empty(edges, keys)
-
-
 def test_standard_scores_have_the_tail_of_a_normal_deviate():
     from scipy import stats
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from stagewise import files
 from stagewise.latents import open_latents
 from stagewise.recipes import encode as command
 from stagewise.recipes import encode_writers, image_folder
@@ -167,8 +168,6 @@ def test_pixels_come_back(low):
 
     bytes_ = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(decode(Identity(), to_pixels(bytes_, low), low=low), bytes_)
-    with pytest.raises(ValueError, match="Expected `batch` of at least 1, got 0"):
-        decode(Identity(), bytes_, batch=0)
 
 
 def test_lightningdit(run, vae, images, tmp_path, capsys):
@@ -289,6 +288,7 @@ def test_resume(run, images, tmp_path, kind, monkeypatch):
     litter = out / ".latents_rank00_shard001.safetensors.01234567.partial"
     litter.write_text("half")
     os.utime(litter, (0, 0))
+    files._swept.clear()  # as in a new process: this one may have listed the folder a moment ago
     seen = []
     crop = image_folder.centre_crop
     monkeypatch.setattr(image_folder, "centre_crop", lambda *a: seen.append(a) or crop(*a))

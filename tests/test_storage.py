@@ -157,8 +157,8 @@ def test_written_is_as_saved(x, path, dtype, labels):
     bank = LatentBank.write(path, x.split(32), 90, labels=labels, dtype=dtype, advance=seen.append)
     assert seen == [32, 64, 90]
     assert bank.residency == "memory-mapped"
-    batches = [(part, y) for part, y in zip(x.split(32), LABELS.split(32), strict=True)]
-    in_memory = LatentBank.from_batches(batches, 90, dtype=dtype, class_wise=labels is not None)
+    batches = x.split(32) if labels is None else zip(x.split(32), labels.split(32), strict=True)
+    in_memory = LatentBank.from_batches(batches, 90, dtype=dtype)
     assert_same(bank, in_memory)
     in_memory.save(path.with_name("other"))
     assert path.read_bytes() == path.with_name("other").read_bytes()

@@ -33,7 +33,7 @@ from stagewise.bank.streaming import MappedFile
 from stagewise.files import Damaged, FilePath, replace_file
 from stagewise.masks import MaskedLabels
 from stagewise.memory import format_bytes
-from stagewise.tensor_files import check_tensor, map_tensor, pack_header, read_header, read_tensor
+from stagewise.tensor_files import lay_out, pack_header, read_header
 
 __all__ = ["open_bank", "read_rows", "write_bank"]
 
@@ -43,10 +43,6 @@ _VERSION = 2
 """For banks with masks or conditions; others have version 1, for older readers."""
 
 _PAGE = 4096
-_TYPES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
-    **{torch.int64: "I64", torch.bool: "BOOL"},
-}
 
 
 def _layout(
@@ -54,9 +50,9 @@ def _layout(
     dim: int,
     dtype: torch.dtype,
     num_classes: int,
-    mask_size: int = 0,
-    labelled: bool = False,
-    given: tuple[torch.dtype, tuple[int, ...]] | None = None,
+    mask_size: int,
+    labelled: bool,
+    conditions: tuple[torch.dtype, tuple[int, ...]] | None,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of each tensor in the file of a bank, in order."""
     n, d, c = (num_rows,), (dim,), (num_classes,)
@@ -69,42 +65,24 @@ def _layout(
     if mask_size:
         layout["masks"] = torch.bool, (num_classes, mask_size)
         layout |= {"labels": (whole, c)} if labelled else {}
-    layout |= {"conditions": given} if given else {}
+    layout |= {"conditions": conditions} if conditions else {}
     return {**layout, "rows": (dtype, n + d)}
 
 
-def write_bank(
-    path: FilePath,
-    num_rows: int,
-    dim: int,
-    dtype: torch.dtype,
-    num_classes: int,
-    fill: Callable[[Tensor], Any],
-    pairs: MaskedLabels | None = None,
-    conditions: Tensor | None = None,
-) -> None:
+def write_bank(path: FilePath, bank: Any, fill: Callable[[Tensor], object]) -> None:
     """Writes the file of a bank, which gets its name when it is complete and on the disk.
 
-    Refuses a folder that does not exist, and a disk without room for it.
-
-    Args:
-        path: The file, which may exist and is then replaced.
-        num_rows: N.
-        dim: D.
-        dtype: Type of the stored rows.
-        num_classes: C; 0 without labels.
-        fill: Fills the rows, (N, D), which are mapped to the file, and returns their bank.
-        pairs: Label and mask of each class, if there are masks.
-        conditions: The conditions of the rows, (N, C).
+    Refuses a folder that does not exist, and a disk without room for it. `fill` fills the rows,
+    (N, D), which are mapped to the file; those of the bank need not be known before.
     """
-    header: dict[str, Any] = {}
-    end, of = 0, [num_rows, dim, dtype, num_classes, 0, False]
-    if pairs is not None:
-        of[4:] = [pairs.mask[0].numel(), pairs.labels is not None]
-    of += [] if conditions is None else [(conditions.dtype, tuple(conditions.shape))]
-    for name, (kind, shape) in _layout(*of).items():  # type: ignore[arg-type]
-        begin, end = end, end + math.prod(shape) * kind.itemsize
-        header[name] = {"dtype": _TYPES[kind], "shape": shape, "data_offsets": (begin, end)}
+    pairs, c = bank.pairs, bank.conditions
+    size = 0 if pairs is None else pairs.mask[0].numel()
+    labelled = pairs is not None and pairs.labels is not None
+    given = None if c is None else (c.dtype, tuple(c.shape))
+    header, end = lay_out(
+        _layout(len(bank), bank.dim, bank.dtype, len(bank.classes), size, labelled, given)
+    )
+    begin = header["rows"]["data_offsets"][0]
     # At least a page for the header, which takes about a quarter of it.
     data = _PAGE + -begin % _PAGE
     _require_disk(Path(path).parent, data + end)
@@ -117,8 +95,9 @@ def write_bank(
             else:
                 file.truncate(data + end)
             pages = mmap.mmap(file.fileno(), data + end)
-            flat = torch.frombuffer(pages, dtype=dtype, count=num_rows * dim, offset=data + begin)
-            tensors, about = _contents(fill(flat.view(num_rows, dim)))
+            flat = torch.frombuffer(pages, dtype=bank.dtype, offset=data + begin)
+            fill(flat.view(len(bank), bank.dim))
+            tensors, about = _contents(bank)
             sums = {}
             for name, entry in header.items():
                 first, last = (data + place for place in entry["data_offsets"])
@@ -192,20 +171,20 @@ def open_bank(path: FilePath, make: Callable[..., Bank]) -> Bank:
     stored = entries["rows"]
     num_classes = math.prod(entries["classes"].shape) if "classes" in entries else 0
     size = math.prod(entries["masks"].shape[1:]) if "masks" in entries else 0
-    given = entries.get("conditions")
-    of: Any = (*stored.shape, stored.dtype, num_classes, size, "labels" in entries)
-    of += () if given is None else ((given.dtype, (*stored.shape[:1], *given.shape[1:])),)
-    layout = _layout(*of) if len(stored.shape) == 2 else {}
     held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    if held != layout or not stored.dtype.is_floating_point:
+    if (given := held.get("conditions")) is not None:
+        given = given[0], (*stored.shape[:1], *given[1][1:])
+    more = stored.dtype, num_classes, size, "labels" in entries, given
+    right = len(stored.shape) == 2 and stored.dtype.is_floating_point
+    if not right or held != _layout(stored.shape[0], stored.shape[1], *more):
         raise Damaged.of(path, f"expected the tensors of a bank, got {held}")
-    has = {name: read_tensor(path, entry) for name, entry in entries.items() if name != "rows"}
+    has = {name: entry.read() for name, entry in entries.items() if name != "rows"}
     index = has.get("index", torch.arange(1))
     if not (has["sq_norms"] >= 0).all() or index.amin() < 0 or index.amax() >= stored.shape[0]:
         raise Damaged.of(path, "distances are negative, or positions are out of range")
     columns = [has[name].tolist() for name in ("classes", "starts", "stops") if num_classes]
     segments = {label: slice(*ends) for label, *ends in zip(*columns, strict=True)}
-    rows, pages = map_tensor(path, stored)
+    rows, pages = stored.map()
     shape, mapped = _sample_shape(about.get("shape", "")), MappedFile(pages, stored.start)
     pairs = None
     if size:
@@ -222,8 +201,7 @@ def open_bank(path: FilePath, make: Callable[..., Bank]) -> Bank:
 def read_rows(path: FilePath, bank: RowStore) -> None:
     """Reads the rows of an open bank, and refuses it if anything is not as it was written."""
     bank.require_intact()
-    entries, _ = read_header(path)
-    if check_tensor(path, entries["rows"]):
+    if read_header(path)[0]["rows"].verify():
         return  # the other tensors have checksums too, which were compared at opening
     mean, sq_norms = measure(bank.rows, bank.index)
     index = bank.index

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.batches import PADDED, ReadBatch, read_checked
+from stagewise.batches import PADDED, ReadBatch, as_labels, read_checked
 from stagewise.masks import MaskedLabels, as_mask, join
 from stagewise.memory import require_memory
 
@@ -26,7 +26,6 @@ __all__ = [
     "HALF",
     "as_tensor",
     "class_order",
-    "exact_offset",
     "measure",
     "narrow",
     "offset_for",
@@ -72,18 +71,13 @@ def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
     Refuses others. Integers cost no device sync.
     """
     given = as_tensor(labels, "labels")
-    flat = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
-    if flat.shape != (count,):
-        raise ValueError(
-            f"Expected integer `labels` with shape ({count},), got {tuple(given.shape)}."
-            + (" For one-hot labels give labels.argmax(1)." if given.ndim == 2 else "")
-        )
-    if flat.is_complex() or (flat.is_floating_point() and bool((flat != flat.round()).any())):
-        raise ValueError(
-            f"Expected integer `labels` with shape ({count},), got {given.dtype}, not all whole "
-            "numbers. Only classes are labels."
-        )
-    return flat.long()
+    if (whole := as_labels(given, count, booleans=True)) is not None:
+        return whole
+    got = f"{given.dtype}, not all whole numbers. Only classes are labels."
+    if given.shape not in ((count,), (count, 1)):
+        cure = " For one-hot labels give labels.argmax(1)." if given.ndim == 2 else ""
+        got = f"{tuple(given.shape)}.{cure}"
+    raise ValueError(f"Expected integer `labels` with shape ({count},), got {got}")
 
 
 def require_rows(shape: tuple[int, ...]) -> None:
@@ -125,11 +119,9 @@ def read_batches(
 ) -> Incoming:
     """The first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
 
-    With `copies`, samples that do not fit in memory are refused after the first batch. The offset
-    is the mean of the first 256 rows, for any batch size: the mean of all is known too late.
-
-    Masks are given beforehand, or found in the batches. Then all batches are read at once, since
-    the longest sample is known only after the last.
+    With `copies`, samples that do not fit in memory are refused after the first batch. If masks
+    are not given but found in the batches, all are read at once: the longest sample is known only
+    after the last.
     """
     found = (read_checked(read_batch, batch) for batch in batches)
     first = next(found, None)
@@ -193,9 +185,8 @@ def read_batches(
         held.append(part)
         if part[0] + len(part[1]) >= _FIRST:
             break
-    middle = offset_for(torch.cat([x1 for _, x1, _ in held])[:_FIRST], dtype, offset)
-    if masks is not None:
-        middle = exact_offset(middle, dtype)
+    some = torch.cat([x1 for _, x1, _ in held])[:_FIRST]
+    middle = offset_for(some, dtype, offset, masks is not None)
     parts = ((done, narrow(x1, middle, dtype), y) for done, x1, y in chain(held, flat))
     return Incoming(parts, shape, dtype, middle, given != dtype, masks)
 
@@ -208,10 +199,8 @@ def class_order(
 ) -> tuple[Tensor | None, dict[int, slice], MaskedLabels | None]:
     """The order of rows in which those of a class, or of a mask and a class, are contiguous.
 
-    Returns:
-        The old position of each row in the new order, (N,); the classes, ascending, with their
-        rows; and with masks the pairs, by mask from short to long, then by label. Without labels
-        and masks: None, no classes, None.
+    The old position of each row, (N,); the classes, ascending, with their rows; and with masks the
+    pairs, by mask from short to long, then by label. Without labels and masks: None, {}, None.
     """
     if labels is not None:
         labels = whole_labels(as_tensor(labels, "labels").to(device), num_rows)
@@ -240,20 +229,15 @@ def sort_in_place(rows: Tensor, index: Tensor | None) -> None:
             columns.copy_(columns[index])
 
 
-def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Tensor:
-    """What to subtract from samples before they are rounded to `dtype`.
+def offset_for(
+    x: Tensor, dtype: torch.dtype, given: Tensor | None = None, masked: bool = False
+) -> Tensor:
+    """What to subtract from samples, (N, D), before they are rounded to `dtype`: (D,), float64.
 
-    For a 16-bit type it is the mean of the samples as float32 numbers: these have few digits, so
-    `row + offset` in float64 is exact, and `(row + offset) - offset` is `row` again. It is zero if
-    samples already have that type, and for wider types.
-
-    Args:
-        x: Samples, (N, D). Those with NaN or Inf, which are refused later, do not count.
-        dtype: Storage type.
-        given: D finite numbers to use in place of the mean.
-
-    Returns:
-        The offset, (D,), float64, on the device of `x`.
+    For a 16-bit type it is `given`, or the mean of the finite samples, as float32 numbers: these
+    have few digits, so `row + offset` in float64 is exact, and `(row + offset) - offset` is `row`
+    again. It is zero if samples already have that type, and for wider types. If they are `masked`
+    it is rounded to `dtype`: then numbers that are 0, as in padding, stay 0.
     """
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     if dtype not in HALF or x.dtype == dtype:
@@ -265,18 +249,15 @@ def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Te
                 f"shape {tuple(given.shape)}. Give a vector near the mean, for example "
                 "x[:1000].float().mean(0)."
             )
-        return given.detach().flatten().to(x.device).float().double()
-    count = torch.zeros((), dtype=torch.int64, device=x.device)
-    for block in x.split(max(1, BLOCK // x.shape[1])):
-        finite = block.isfinite().all(1)
-        total += block.double().where(finite[:, None], 0.0).sum(0)
-        count += finite.sum()
-    return (total / count.clamp_min(1)).float().double()
-
-
-def exact_offset(offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """The offset rounded to `dtype`: numbers that are 0, as in padding, stay 0."""
-    return offset.to(dtype).double() if dtype in HALF else offset
+        mean = given.detach().flatten().to(x.device)
+    else:
+        count = torch.zeros((), dtype=torch.int64, device=x.device)
+        for block in x.split(max(1, BLOCK // x.shape[1])):
+            finite = block.isfinite().all(1)
+            total += block.double().where(finite[:, None], 0.0).sum(0)
+            count += finite.sum()
+        mean = total / count.clamp_min(1)
+    return mean.float().to(dtype if masked else torch.float32).double()
 
 
 def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,6 @@ from stagewise.bank.bank_file import open_bank, read_rows, write_bank
 from stagewise.bank.building import (
     as_tensor,
     class_order,
-    exact_offset,
     measure,
     narrow,
     offset_for,
@@ -113,8 +112,7 @@ class LatentBank(RowStore):
         require_rows(tuple(x.shape))
         masks = None if mask is None else MaskedLabels.of(None, mask, x)
         given = (x if masks is None else masks.zero(x)).detach().flatten(1)
-        offset = offset_for(given, dtype, offset)
-        offset = offset if masks is None else exact_offset(offset, dtype)
+        offset = offset_for(given, dtype, offset, masks is not None)
         rows = given if given.dtype == dtype else narrow(given, offset, dtype)
         index, segments, pairs = class_order(labels, len(rows), rows.device, masks)
         if index is not None and rows is given:
@@ -153,10 +151,10 @@ class LatentBank(RowStore):
         return c if self.index is None else c[self.index.to(c.device)]
 
     @classmethod
-    def _of(cls, *parts: Any) -> LatentBank:
+    def _of(cls, *parts: Any, **more: Any) -> LatentBank:
         """A bank without measures, from the arguments of `RowStore`."""
         bank = cls.__new__(cls)
-        RowStore.__init__(bank, *parts)
+        RowStore.__init__(bank, *parts, **more)
         return bank
 
     def _measure(self, narrowed: bool = False) -> LatentBank:
@@ -189,7 +187,6 @@ class LatentBank(RowStore):
         read_batch: ReadBatch = find_sample,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
-        class_wise: bool = True,
         copies: int = 1,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
@@ -204,7 +201,6 @@ class LatentBank(RowStore):
             dtype: Storage dtype; default that of the samples.
             offset: What 16-bit rows are rounded relative to, see the class; default the mean of the
                 first rows, up to 256 of them.
-            class_wise: Whether to keep the labels that `read_batch` gives, default True.
             copies: Processes on this host that build the same bank, for the check of memory.
             advance: Called with the number of rows read so far, for a progress display.
 
@@ -218,14 +214,14 @@ class LatentBank(RowStore):
         labels, labelled = torch.empty(num_rows, dtype=torch.int64), 0
         for done, part, label in read.parts:
             rows[done : done + len(part)] = part
-            if label is not None and class_wise:
+            if label is not None:
                 labels[done : done + len(part)] = label
                 labelled += len(part)
         own = labels[:labelled] if labelled else None
         index, segments, pairs = class_order(own, num_rows, masks=read.masks)
         sort_in_place(rows, index)
-        about = read.shape, index, segments, None, None, pairs
-        return cls._of(rows, read.offset, *about)._measure(read.narrowed)
+        bank = cls._of(rows, read.offset, read.shape, index, segments, pairs=pairs)
+        return bank._measure(read.narrowed)
 
     @classmethod
     def write(
@@ -262,17 +258,19 @@ class LatentBank(RowStore):
         """
         read = read_batches(batches, num_rows, read_batch, dtype, offset, advance, mask=mask)
         index, segments, pairs = class_order(labels, num_rows, masks=read.masks)
-        about = read.shape, index, segments, None, None, pairs
         place = torch.arange(num_rows) if index is None else torch.argsort(index)
+        rows = torch.empty(num_rows, math.prod(read.shape), dtype=read.dtype, device="meta")
+        bank = cls._of(rows, read.offset, read.shape, index, segments, pairs=pairs)
 
-        def fill(rows: Tensor) -> LatentBank:
+        def fill(rows: Tensor) -> None:
             for done, part, found in read.parts:
                 if labels is not None and found is not None:
                     _require_same(found, labels[done : done + len(part)], done)
                 rows[place[done : done + len(part)]] = part
-            return cls._of(rows, read.offset, *about)._measure(read.narrowed)
+            bank.rows = rows
+            bank._measure(read.narrowed)
 
-        write_bank(path, num_rows, math.prod(read.shape), read.dtype, len(segments), fill, pairs)
+        write_bank(path, bank, fill)
         return cls.open(path)
 
     def part(self, rows: slice) -> LatentBank:
@@ -286,8 +284,9 @@ class LatentBank(RowStore):
         own = self.classes_of(at.tolist())
         masks = own if isinstance(own, MaskedLabels) else None
         _, segments, pairs = class_order(plain(own), len(at), masks=masks)
-        about = self.offset.cpu(), self.shape, None, segments, None, None, pairs
-        part = self._of(self.rows[at].cpu(), *about)._measure()
+        offset = self.offset.cpu()
+        part = self._of(self.rows[at].cpu(), offset, self.shape, None, segments, pairs=pairs)
+        part._measure()
         part.conditions = None if self.conditions is None else self.conditions[at].cpu()
         return part
 
@@ -303,13 +302,11 @@ class LatentBank(RowStore):
         """
         self.require_intact()
 
-        def fill(rows: Tensor) -> LatentBank:
+        def fill(rows: Tensor) -> None:
             for first, chunk in self.chunks(self.whole, device=torch.device("cpu")):
                 rows[first : first + len(chunk)] = chunk
-            return self
 
-        about = len(self), self.dim, self.dtype, len(self.classes), fill, self.pairs
-        write_bank(path, *about, self.conditions)
+        write_bank(path, self, fill)
 
     @classmethod
     def open(cls, path: FilePath, verify: Literal["quick", "full"] = "quick") -> LatentBank:

@@ -31,14 +31,10 @@ _REFUSED = {
 
 
 class RowClasses:
-    """The classes of N rows that are sorted by class.
+    """The classes of rows, (N, D), that are sorted by class: `segments`, by label, ascending.
 
-    With masks a class is a pair of label and mask, with its key (`stagewise.masks`) as its label.
-
-    Args:
-        rows: The rows, (N, D).
-        segments: The rows of each class, by its label, ascending; None without classes.
-        pairs: Label and mask of each segment, in order; None without masks.
+    With masks a class is one of `pairs` of label and mask, with its key (`stagewise.masks`) as its
+    label.
     """
 
     def __init__(
@@ -154,9 +150,8 @@ class RowClasses:
     def report(self, told: Tensor) -> None:
         """Makes a later call refuse wrong samples; does not wait for the device.
 
-        Args:
-            told: For each sample its label if that is unknown, `NO_TIME`, `NO_SOURCE` or
-                `NO_LABEL`, otherwise `KNOWN`; (B,), int64.
+        `told` is for each sample its label if that is unknown, `NO_TIME`, `NO_SOURCE` or
+        `NO_LABEL`, otherwise `KNOWN`; (B,), int64.
         """
         self._require_known()
         if sent := _sent(told):

@@ -8,7 +8,6 @@ have equal keys with a probability of about 2^-48.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -18,11 +17,9 @@ from torch import Tensor
 __all__ = [
     "CLASS_FACTOR",
     "condition_keys",
-    "digest",
     "find_among",
     "find_rows",
     "key_weights",
-    "mask_keys",
     "row_keys",
 ]
 
@@ -33,10 +30,10 @@ _BLOCK = 2**20  # words at a time: their 64-bit products stay in the cache
 
 
 def row_keys(rows: Tensor) -> Tensor:
-    """The keys of rows (N, D), of a 16, 32 or 64-bit floating-point type: (N,), int64."""
+    """The keys of rows (N, D) of floating-point numbers, or of masks: (N,), int64."""
     # A 64-bit number is two words: one that was float32 ends in zeros, so a product of 64-bit words
     # would keep only its upper half.
-    word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
+    word = {1: torch.bool, 2: torch.int16}.get(rows.dtype.itemsize, torch.int32)
     words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
     factor = key_weights(words, rows.device)
     step = max(1, _BLOCK // words)
@@ -45,7 +42,8 @@ def row_keys(rows: Tensor) -> Tensor:
     keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     for block, out in zip(rows.split(step), keys.split(step), strict=True):
         # Adding zero gives -0 the bits of 0.
-        torch.sum((block + 0.0).contiguous().view(word) * factor, 1, out=out)
+        numbers = block if word == torch.bool else (block + 0.0).contiguous().view(word)
+        torch.sum(numbers * factor, 1, out=out)
     return keys
 
 
@@ -53,15 +51,6 @@ def condition_keys(conditions: Tensor) -> Tensor:
     """The keys of conditions (N, C), floating-point, to be added to those of their rows, (N,)."""
     # Another odd factor: exchanging a row and its condition changes the sum.
     return row_keys(conditions) * 0x5851F42D4C957F2D
-
-
-def mask_keys(mask: Tensor) -> Tensor:
-    """The keys of masks (N, D), bool: (N,), int64, the sum of the weights of true entries."""
-    keys = torch.empty(len(mask), dtype=torch.int64, device=mask.device)
-    factor, step = key_weights(mask.shape[1], mask.device), max(1, _BLOCK // mask.shape[1])
-    for block, out in zip(mask.split(step), keys.split(step), strict=True):
-        out.copy_((block * factor).sum(1))
-    return keys
 
 
 def key_weights(words: int, device: torch.device) -> Tensor:
@@ -116,22 +105,3 @@ def find_among(rows: Tensor, wanted: Tensor) -> Tensor:
     rows, wanted = rows.detach().to(wanted).flatten(1), wanted.detach().flatten(1)
     keys, order = row_keys(rows).sort()
     return find_rows(lambda at: rows[at], (keys, order), wanted)
-
-
-def digest(
-    keys: Tensor,
-    offset: Tensor,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    ends: list[tuple[int, int, int]],
-    conditions: Tensor | None = None,
-) -> str:
-    """A name for a bank, 32 hexadecimal digits; `ends` are label, first row and end of classes."""
-    description = (len(keys), len(offset), str(dtype), shape, ends)
-    total = hashlib.blake2b(repr(description).encode(), digest_size=16)
-    for part in (offset, keys):
-        total.update(part.cpu().numpy().tobytes())
-    if conditions is not None:
-        total.update(repr((str(conditions.dtype), conditions.shape[1])).encode())
-        total.update(condition_keys(conditions).cpu().numpy().tobytes())
-    return total.hexdigest()

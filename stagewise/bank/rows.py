@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from stagewise.bank.row_classes import RowClasses, as_real
 from stagewise.bank.row_keys import (
     CLASS_FACTOR,
     condition_keys,
-    digest,
     find_rows,
     key_weights,
     row_keys,
@@ -31,9 +31,11 @@ from stagewise.memory import available_memory, format_bytes, oracle_device
 
 __all__ = ["RowStore"]
 
+_NONE: Mapping[Any, Callable[[], Tensor]] = {}
+
 
 class RowStore(RowClasses):
-    """N samples of D numbers, on any device or in a file. A copy of a store is the store itself.
+    """N samples of D numbers, on any device or in a file; a copy is the store itself.
 
     `rows`, `offset`, `shape` and `index` are as in `LatentBank`; `segments` and `pairs` as in
     `RowClasses`; `file` is the mapped file of the rows, `keys` their keys, if there are any.
@@ -143,26 +145,30 @@ class RowStore(RowClasses):
         found: Tensor | None = None
         exact, rounded = self.looks(dtype)
         more: Tensor | int = 0
-        of: list[Any] = [isinstance(masks, MaskedLabels), None, first is not None]
+        also: dict[Any, Callable[[], Tensor]] = {}
         if isinstance(masks, MaskedLabels):
             more = masks.unlabelled().keys().to(self.device)
+            also["mask"] = lambda: _by_row(self._of_masks)
         if condition is not None:
             c, stored = self.as_conditions(condition, len(flat)).to(self.device), self.conditions
             assert stored is not None
             c = c if c.is_floating_point() else c.to(stored)
-            of[1] = min(stored.dtype, c.dtype, key=lambda dtype: dtype.itemsize)
-            more = more + condition_keys(c.to(of[1]))
+            kind = min(stored.dtype, c.dtype, key=lambda dtype: dtype.itemsize)
+            more = more + condition_keys(c.to(kind))
+            also[kind] = lambda: condition_keys(stored.to(kind))
         if first is not None:
             more = more + first.to(self.device) * CLASS_FACTOR
+            firsts = {rows.start: rows for rows in self._segments.values()}
+            also["class"] = lambda: _by_row(firsts) * CLASS_FACTOR
         if exact:
             wanted = flat
             if self.shifted or dtype != self.dtype:
                 wanted = (flat.double() - self.offset).to(self.dtype)
             # Faster than to index where rows are on the host.
             read = partial(self.rows.index_select, 0)
-            found = find_rows(read, self.key_index(None, *of), wanted, more)
+            found = find_rows(read, self.key_index(None, also), wanted, more)
         if rounded:
-            index = self.key_index(dtype, *of)
+            index = self.key_index(dtype, also)
             other = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
             found = other if found is None else other.where(found < 0, found)
         assert found is not None
@@ -178,17 +184,11 @@ class RowStore(RowClasses):
         return not fewer, fewer or both
 
     def find_near(self, x1: Tensor, within: float = 1e-2) -> Tensor:
-        """The row of each sample up to rounding: an encoder rounds differently in another batch.
+        """As `find`, up to rounding: an encoder rounds differently in another batch.
 
-        Of the rows whose projections on one direction are around that of the sample, those nearest
-        to it in 16 directions are compared.
-
-        Args:
-            x1: Samples, (B, *), on any device.
-            within: The distance up to which a sample is a row, as a share of that from the mean.
-
-        Returns:
-            As `find`; does not wait for the device.
+        A sample is a row if it is nearer than `within` times its distance from the mean. Of the
+        rows whose projections on one direction are around that of the sample, those nearest to it
+        in 16 directions are compared. Does not wait for the device.
         """
         found, flat = self.find(x1), x1.detach().to(self.device).flatten(1).double()
         # Random directions: different rows have different projections.
@@ -230,19 +230,13 @@ class RowStore(RowClasses):
         return c
 
     def key_index(
-        self,
-        dtype: torch.dtype | None = None,
-        of_masks: bool = False,
-        of_conditions: torch.dtype | None = None,
-        of_classes: bool = False,
+        self, dtype: torch.dtype | None = None, also: Mapping[Any, Callable[[], Tensor]] = _NONE
     ) -> tuple[Tensor, Tensor]:
         """The keys in ascending order and their rows; of the samples as `dtype` if it is given.
 
-        `of_masks` adds the keys of their masks, `of_conditions` those of their conditions in that
-        type, `of_classes` those of the first rows of their classes.
+        `also` are keys of something else of each row, which are added, by a name.
         """
-        more = of_masks, of_conditions, of_classes
-        name = (dtype, *more) if any(more) else dtype
+        name = (dtype, *also) if also else dtype
         if name in self._sorted_keys:
             return self._sorted_keys[name]
         if dtype is None:
@@ -252,15 +246,8 @@ class RowStore(RowClasses):
             parts = self.chunks(self.whole, size)
             # Through float64, as `take` gives a sample.
             keys = torch.cat([row_keys((part + self.offset).to(dtype)) for _, part in parts])
-        if of_masks:
-            ends = self._of_masks.items()
-            added = [torch.full((rows.stop - rows.start,), key) for key, rows in ends]
-            keys = keys + torch.cat(added).to(keys.device)
-        if of_conditions and self.conditions is not None:
-            keys = keys + condition_keys(self.conditions.to(of_conditions)).to(keys.device)
-        if of_classes:
-            firsts = [torch.full((stop - first,), first) for _, first, stop in self.class_ends]
-            keys = keys + (torch.cat(firsts) * CLASS_FACTOR).to(keys.device)
+        for added in also.values():
+            keys = keys + added().to(keys.device)
         values, order = keys.sort(stable=True)
         if as_real(values, self.rows):
             self._sorted_keys[name] = (values, order)
@@ -275,18 +262,11 @@ class RowStore(RowClasses):
     ) -> Iterator[tuple[int, Tensor]]:
         """The rows of a segment as they are stored (without `offset`), chunk by chunk.
 
-        Rows that are already on `device` in `dtype` are views. Others are copied into a buffer that
-        is used again: **a chunk is valid until the next one is read**.
-
-        Args:
-            segment: Which rows: `whole`, `segment(label)`, or any other slice.
-            size: Rows in a chunk; default all if they are views, otherwise 32 MiB of rows (8 MiB on
-                a CPU), at least 256.
-            device: Default that of the bank.
-            dtype: Default that of the bank.
-
-        Returns:
-            Pairs of the number of the first row, in the bank's own order, and the rows, (n, D).
+        Yields the number of the first row, in the bank's own order, and the rows, (n, D), of
+        `whole`, `segment(label)` or any other slice; on `device` in `dtype`, default those of the
+        bank. Rows that are there already are views. Others are copied into a buffer that is used
+        again: **a chunk is valid until the next one is read**. A chunk has `size` rows; default all
+        if they are views, otherwise 32 MiB of rows (8 MiB on a CPU), at least 256.
         """
         return stream(self.rows, segment, size, device, dtype, self._file)
 
@@ -299,10 +279,14 @@ class RowStore(RowClasses):
         from all rows.
         """
         if self._fingerprint is None:
-            self._fingerprint = digest(
-                *(self.row_keys(), self.offset, self.dtype, self.shape, self.class_ends),
-                self.conditions,
-            )
+            about = (len(self), self.dim, str(self.dtype), self.shape, self.class_ends)
+            total = hashlib.blake2b(repr(about).encode(), digest_size=16)
+            for part in (self.offset, self.row_keys()):
+                total.update(part.cpu().numpy().tobytes())
+            if (c := self.conditions) is not None:
+                total.update(repr((str(c.dtype), c.shape[1])).encode())
+                total.update(condition_keys(c).cpu().numpy().tobytes())
+            self._fingerprint = total.hexdigest()
         return self._fingerprint
 
     def row_keys(self) -> Tensor:
@@ -343,12 +327,9 @@ class RowStore(RowClasses):
     def beside_training(self, device: torch.device, taken: float = 0) -> Self:
         """On the training device if it fits into half of the free memory there, else on the host.
 
-        The other half is for activations. On the host it is pinned if there is room, unless it is a
-        file. Warns if the device runs out of memory nevertheless.
-
-        Args:
-            device: The training device.
-            taken: Bytes that training will still allocate there: gradients, moments.
+        `taken` are bytes that training will still allocate there: gradients, moments. The other
+        half is for activations. On the host it is pinned if there is room, unless it is a file.
+        Warns if the device runs out of memory nevertheless.
         """
         device = oracle_device(device)
         free = available_memory(device)
@@ -395,3 +376,9 @@ class RowStore(RowClasses):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+
+def _by_row(segments: Mapping[int, slice]) -> Tensor:
+    """The key of its segment for each row, (N,); the segments are in the order of the rows."""
+    each = segments.items()
+    return torch.cat([torch.full((rows.stop - rows.start,), key) for key, rows in each])

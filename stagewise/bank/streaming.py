@@ -32,7 +32,7 @@ class MappedFile:
 
     def expect(self, first: int, last: int) -> None:
         """Asks the system to read bytes `first` to `last` of the rows; only on Linux."""
-        if hasattr(self.pages, "madvise") and hasattr(mmap, "MADV_WILLNEED"):
+        if hasattr(mmap, "MADV_WILLNEED"):
             first, last = self.start + first, self.start + last
             page = first - first % mmap.PAGESIZE
             self.pages.madvise(mmap.MADV_WILLNEED, page, last - page)
@@ -69,25 +69,17 @@ def stream(
     # Fake tensors, which check placement without a device, have no streams.
     if buffer.device.type == "cuda" and rows.device.type == "cpu" and type(buffer) is Tensor:
         return _copied_ahead(rows, spans, size, buffer)
-    return _copied(rows, spans, buffer.new_empty((size, rows.shape[1])))
+    buffer = buffer.new_empty((size, rows.shape[1]))
+    return ((first, buffer[: last - first].copy_(rows[first:last])) for first, last in spans)
 
 
 def _read_ahead(
     spans: list[tuple[int, int]], file: MappedFile, row_bytes: int
 ) -> Iterator[tuple[int, int]]:
-    for this, after in zip(spans, [*spans[1:], None], strict=True):
-        if this == spans[0]:
-            file.expect(this[0] * row_bytes, this[1] * row_bytes)
-        if after is not None:
-            file.expect(after[0] * row_bytes, after[1] * row_bytes)
-        yield this
-
-
-def _copied(
-    rows: Tensor, spans: Iterable[tuple[int, int]], buffer: Tensor
-) -> Iterator[tuple[int, Tensor]]:
-    for first, last in spans:
-        yield first, buffer[: last - first].copy_(rows[first:last])
+    for at, span in enumerate(spans):
+        for first, last in spans[:2] if at == 0 else spans[at + 1 : at + 2]:
+            file.expect(first * row_bytes, last * row_bytes)
+        yield span
 
 
 def _copied_ahead(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from stagewise.batches import is_one_hot
 from stagewise.files import Problem, first_line, replace_file
 from stagewise.latents.arrays import (
     NoNumbers,
@@ -25,7 +26,6 @@ from stagewise.latents.arrays import (
     check_zip,
     class_numbers,
     is_dense,
-    is_one_hot,
     members_of,
     outside,
     read_array,
@@ -94,7 +94,7 @@ class ArrayFile(Latents):
 
     def _compare(self) -> Compared:
         if self.path.suffix == ".safetensors":
-            return compare_tensors([(self.path, read_header(self.path)[0])])
+            return compare_tensors([read_header(self.path)[0]])
         return compare_files(self.path) if self.path.suffix == ".npy" else compare_zip(self.path)
 
     def _parts(self) -> str:
@@ -134,7 +134,7 @@ def _beside(path: Path) -> Path:
 def _tensors(path: Path) -> dict[str, Rows]:
     """The arrays in the file, mapped if possible."""
     if path.suffix == ".safetensors":
-        return {name: Rows.of(path, entry) for name, entry in read_header(path)[0].items()}
+        return {name: Rows.of(entry) for name, entry in read_header(path)[0].items()}
     if path.suffix == ".npz":
         return _archive(path)
     if path.suffix != ".npy":
@@ -143,12 +143,11 @@ def _tensors(path: Path) -> dict[str, Rows]:
     if _beside(path).is_file():
         files["labels"] = _beside(path)
     entries = {name: array_entry(file) for name, file in files.items()}
-    return {name: Rows.of(files[name], entry) for name, entry in entries.items() if entry}
+    return {name: Rows.of(entry) for name, entry in entries.items() if entry}
 
 
 def _archive(path: Path) -> dict[str, Rows]:
-    held = {}
-    member = ""
+    held, member = {}, ""
     try:
         with zipfile.ZipFile(path) as archive:
             for member in members_of(archive):
@@ -156,16 +155,15 @@ def _archive(path: Path) -> dict[str, Rows]:
                     pass  # raises if the two copies of its name differ
                 if outside(member):
                     raise Problem("a name that points outside the file")
-                name = member.removesuffix(".npy")
-                if name == member:
+                if not member.endswith(".npy"):
                     continue
+                name = member.removesuffix(".npy")
                 try:
                     entry = array_entry(path, member)
-                    if entry is None:  # compressed: there is nothing to map
-                        text = f"{member} in {path}"
-                        held[name] = Rows(read_array(archive.read(member), text))
-                    else:
-                        held[name] = Rows.of(path, entry)
+                    if entry is not None:
+                        held[name] = Rows.of(entry)
+                    else:  # compressed: there is nothing to map
+                        held[name] = Rows(read_array(archive.read(member), f"{member} in {path}"))
                 except NoNumbers:
                     if name in ("latents", "labels"):
                         raise
@@ -231,8 +229,8 @@ def _pick(path: Path, held: Mapping[str, Rows]) -> tuple[str, str | None]:
     if labels:
         return arrays[0], labels[0] if len(labels) == 1 else None
     # One-hot labels are refused later, with the cure.
-    others = (name for name, y in dense.items() if name != arrays[0] and is_one_hot(y, rows))
-    return arrays[0], next(others, None)
+    others = (name for name, y in dense.items() if y.shape[:1] == (rows,) and name != arrays[0])
+    return arrays[0], next((name for name in others if is_one_hot(dense[name][:64].float())), None)
 
 
 def _described(x: Tensor) -> str:

@@ -6,7 +6,6 @@ An array in a stored (uncompressed) zip is found by its offset, so no row has to
 from __future__ import annotations
 
 import io
-import math
 import mmap
 import re
 import struct
@@ -20,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.batches import is_one_hot
 from stagewise.files import Damaged, Problem, first_line, replace_file
-from stagewise.tensor_files import Entry, map_tensor, read_tensor
+from stagewise.tensor_files import Entry
 
 __all__ = [
     "NoNumbers",
@@ -30,7 +30,6 @@ __all__ = [
     "check_zip",
     "class_numbers",
     "is_dense",
-    "is_one_hot",
     "local_header",
     "members_of",
     "outside",
@@ -47,30 +46,25 @@ class NoNumbers(Problem):
 
 @dataclass(frozen=True)
 class Rows:
-    """An array (N, *), mapped from byte `start` of the file at `path`, or in memory."""
+    """An array (N, *), mapped from an entry of a file, or in memory."""
 
     x: Tensor
-    path: Path | None = None
-    start: int = 0
+    entry: Entry | None = None
 
     @classmethod
-    def of(cls, path: Path, entry: Entry) -> Rows:
+    def of(cls, entry: Entry) -> Rows:
         """A tensor of a file, mapped to read single rows; writing to it ends the process."""
         if not entry.nbytes or entry.swapped:
-            return cls(read_tensor(path, entry))
-        x, pages = map_tensor(path, entry)
-        if hasattr(pages, "madvise") and hasattr(mmap, "MADV_RANDOM"):
+            return cls(entry.read())
+        x, pages = entry.map()
+        if hasattr(mmap, "MADV_RANDOM"):
             # With the default read-ahead a single row takes 100 times as long.
             pages.madvise(mmap.MADV_RANDOM)
-        return cls(x, path, entry.start)
+        return cls(x, entry)
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop`, in memory: reading many rows is faster than mapping them."""
-        if self.path is None:
-            return self.x[start:stop]
-        shape = (stop - start, *self.x.shape[1:])
-        before = start * math.prod(shape[1:]) * self.x.itemsize
-        return read_tensor(self.path, Entry(shape, self.x.dtype, self.start + before))
+        return self.x[start:stop] if self.entry is None else self.entry.rows(start, stop)
 
 
 def read_array(data: bytes, name: str) -> Tensor:
@@ -147,7 +141,7 @@ def array_entry(path: Path, member: str | None = None) -> Entry | None:
     except Exception as error:  # numpy and zipfile raise what their parsers do
         raise _unreadable(name, error) from error
     dtype = to_tensor(np.empty(0, kind), name).dtype
-    entry = Entry(shape, dtype, start, swapped=not kind.isnative)
+    entry = Entry(path, shape, dtype, start, swapped=not kind.isnative)
     if min(shape, default=0) < 0:
         raise Problem(f"{name} is damaged: its header has the shape {shape}. Write it again.")
     if fortran and len(shape) > 1:
@@ -161,7 +155,8 @@ def array_entry(path: Path, member: str | None = None) -> Entry | None:
 
 
 def save_arrays(path: Path, held: Tensor | dict[str, Tensor], sync: bool = True) -> None:
-    """Writes a `.npy` file, or a `.npz` of several arrays, by `replace_file`."""
+    """Writes a `.npy` file, or a `.npz` of several arrays, by `replace_file`; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(partial: Path) -> None:
         with open(partial, "wb") as stream:  # numpy adds a suffix to a name
@@ -222,7 +217,7 @@ def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
     """Labels of `rows` rows, (N,) or (N, 1) whole numbers of any type, as int64, (N,)."""
     expected = f"Expected {name} as {rows} integers, {name} of shape {(rows,)} in {path}, got"
     if labels.shape not in ((rows,), (rows, 1)):
-        if is_one_hot(labels, rows):
+        if len(labels) == rows and is_one_hot(labels[:64].float()):
             raise Problem(
                 f"{expected} one-hot rows, {tuple(labels.shape)}. Write their class numbers: "
                 "labels.argmax(1)."
@@ -235,14 +230,6 @@ def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
     if labels.is_complex() or not torch.equal(numbers.to(labels.dtype), labels.reshape(rows)):
         raise Problem(f"{expected} {labels.dtype}. Write class numbers: labels.long().")
     return numbers
-
-
-def is_one_hot(labels: Tensor, rows: int) -> bool:
-    """Whether labels are (N, k), with a single 1 and zeros in the first rows."""
-    if labels.ndim != 2 or labels.shape[0] != rows or labels.shape[1] < 2:
-        return False
-    some = labels[:64].float()
-    return bool(((some == 0) | (some == 1)).all() and (some.sum(1) == 1).all())
 
 
 def require_labels(labels: Tensor, limit: int | None, path: Path) -> None:

@@ -243,7 +243,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         self,
         *,
         dtype: torch.dtype | None = None,
-        class_wise: bool = True,
         indices: Tensor | None = None,
         path: FilePath | None = None,
         copies: int = 1,
@@ -253,7 +252,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
 
         Args:
             dtype: Storage of the bank, default float32.
-            class_wise: Whether to keep the labels, default True.
             indices: Which items, default all.
             path: A file for the bank, for latents that exceed the memory; default in memory.
             copies: Processes on this host that build the same bank, for the check of memory.
@@ -267,14 +265,13 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         fixed.check_scale()
         total = len(fixed) if indices is None else len(indices)
         batches = fixed.chunks(max(1, min(1024, 2**24 // math.prod(self.shape))), indices)
-        labels = fixed.labels if class_wise else None
         # From all items, not only `indices`, so that shards are rounded alike.
         few = list(fixed.some()) if dtype in HALF else []
         offset = sum(x1.double() for x1 in few) / len(few) if few else None
         how: dict[str, Any] = {"dtype": dtype, "offset": offset, "advance": advance}
         if path is None:
-            how |= {"class_wise": class_wise, "copies": copies}
-            return LatentBank.from_batches(batches, total, **how)
+            return LatentBank.from_batches(batches, total, copies=copies, **how)
+        labels = fixed.labels
         if labels is not None and indices is not None:
             labels = labels[indices]
         return LatentBank.write(path, batches, total, labels=labels, **how)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from stagewise.files import Problem, joined, replace_file
 from stagewise.latents.arrays import check_zip, outside
-from stagewise.tensor_files import Entry, check_tensor
+from stagewise.tensor_files import Entry
 
 if TYPE_CHECKING:
     from stagewise.latents.base import Latents
@@ -63,13 +63,12 @@ def compare_files(root: Path) -> Compared:
     return [f"{note.parent / name} does not match its checksum. {cure}" for name in changed], []
 
 
-def compare_tensors(files: Iterable[tuple[Path, Mapping[str, Entry]]]) -> Compared:
+def compare_tensors(files: Iterable[Mapping[str, Entry]]) -> Compared:
     """Compares the tensors of safetensors files."""
     wrong, unknown = [], []
-    for file, entries in files:
+    for entries in files:
         try:
-            if not all([check_tensor(file, entry) for entry in entries.values()]):
-                unknown.append(file)
+            unknown += [entry.path for entry in entries.values() if not entry.verify()][:1]
         except (Problem, OSError) as error:
             wrong.append(str(error))
     return wrong, unknown

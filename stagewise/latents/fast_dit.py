@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from stagewise.latents.arrays import (
 )
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.checksums import Compared, compare_files, write_checksums
-from stagewise.latents.per_file import PerFile, sizes_in
+from stagewise.latents.per_file import PerFile, each_row, sizes_in
 
 __all__ = ["FastDiT", "write_fast_dit"]
 
@@ -101,7 +102,7 @@ class FastDiT(PerFile):
     @override
     @classmethod
     def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
-        return write_fast_dit(path, ((x.to(how.dtype), y) for x, _, y in blocks if y is not None))
+        return write_fast_dit(path, ((x.to(how.dtype), y) for x, _, y in blocks))
 
 
 def _folders(path: Path) -> tuple[Path, Path]:
@@ -124,17 +125,14 @@ def _number(name: str) -> tuple[int, str]:
     return (int(stem) if stem.isdecimal() else -1, name)
 
 
-def write_fast_dit(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor]]) -> Path:
+def write_fast_dit(folder: FilePath, batches: Iterable[tuple[Tensor, Any]]) -> Path:
     """Writes scaled `(latents, labels)`, (B, C, H, W) and (B,), as fast-DiT does."""
-    folder, row = Path(folder), 0
+    folder = Path(folder)
+    files: list[Path] = []
     features, targets = folder / f"imagenet256{_MARK}", folder / "imagenet256_labels"
-    for place in (features, targets):
-        place.mkdir(parents=True, exist_ok=True)
-    for latents, labels in batches:
-        for x, y in zip(latents, labels, strict=True):
-            save_arrays(features / f"{row}.npy", x[None], sync=False)
-            save_arrays(targets / f"{row}.npy", y[None], sync=False)
-            row += 1
-    places = (place / f"{number}.npy" for number in range(row) for place in (features, targets))
-    write_checksums(folder, places)
+    for row, (x, label) in each_row(batches):
+        files += [features / f"{row}.npy", targets / f"{row}.npy"]
+        save_arrays(files[-2], x[None], sync=False)
+        save_arrays(files[-1], label[None], sync=False)
+    write_checksums(folder, files)
     return folder

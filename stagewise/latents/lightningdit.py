@@ -30,9 +30,15 @@ from stagewise.files import FilePath, Problem
 from stagewise.latents.arrays import Rows, class_numbers
 from stagewise.latents.base import Block, Latents, Reading, Writing
 from stagewise.latents.checksums import Compared, compare_tensors
-from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
-from stagewise.latents.stats_file import STATS, read_stats, save_stats
-from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
+from stagewise.latents.scaling import (
+    STATS,
+    ChannelStatistics,
+    Normalised,
+    Scaling,
+    read_stats,
+    save_stats,
+)
+from stagewise.tensor_files import Entry, read_header, write_tensors
 
 __all__ = [
     "LightningDiT",
@@ -68,7 +74,7 @@ class LightningDiT(Latents):
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
         files = _shard_files(path) if path.is_dir() else [path]
-        self._shards: list[tuple[Path, dict[str, Entry]]] = []
+        self._shards: list[dict[str, Entry]] = []
         self._starts = [0]
         labels: list[Tensor] = []
         for gap in _missing_shards(files):
@@ -79,12 +85,12 @@ class LightningDiT(Latents):
                 entries = _shard_entries(file)
                 count = entries["latents"].shape[0]
                 if "labels" in entries:
-                    found = read_tensor(file, entries["labels"])
+                    found = entries["labels"].read()
                     labels.append(class_numbers(found, count, "`labels`", file))
             except (Problem, OSError) as error:
                 self._leave_out(file.name, error)
                 continue
-            self._shards.append((file, entries))
+            self._shards.append(entries)
             self._starts.append(self._starts[-1] + count)
         if not self._shards:
             raise ValueError(
@@ -92,9 +98,9 @@ class LightningDiT(Latents):
                 f"{self.skipped[0] if self.skipped else 'there are no files'}"
             )
         self._require_alike(len(labels))
-        first = self._shards[0][1]["latents"]
+        first = self._shards[0]["latents"]
         self.shape, self.dtype = first.shape[1:], first.dtype
-        self.has_flips = all("latents_flip" in entries for _, entries in self._shards)
+        self.has_flips = all("latents_flip" in entries for entries in self._shards)
         self.scaling = self._find_scaling(path if path.is_dir() else path.parent)
         if not reading.normalize:
             self.scale_range, self.cures = 2.0, _NOT_NORMALISED
@@ -108,14 +114,13 @@ class LightningDiT(Latents):
         return bool(_shard_files(path))
 
     def _require_alike(self, labelled: int) -> None:
-        shapes = {file: entries["latents"].shape[1:] for file, entries in self._shards}
-        first = self._shards[0][0]
-        for file, shape in shapes.items():
-            if shape != shapes[first]:
+        first, *others = (entries["latents"] for entries in self._shards)
+        for other in others:
+            if other.shape[1:] != first.shape[1:]:
                 raise ValueError(
-                    f"Expected rows of shape {shapes[first]} in {file}, as in {first.name}, got "
-                    f"{shape}. These are latents of two autoencoders or sizes: put each into its "
-                    "own folder."
+                    f"Expected rows of shape {first.shape[1:]} in {other.path}, as in "
+                    f"{first.path.name}, got {other.shape[1:]}. These are latents of two "
+                    "autoencoders or sizes: put each into its own folder."
                 )
         if labelled not in (0, len(self._shards)):
             raise ValueError(
@@ -139,8 +144,8 @@ class LightningDiT(Latents):
         return self._starts[-1]
 
     def _rows(self, shard: int, flip: bool) -> Rows:
-        (file, entries), name = self._shards[shard], "latents_flip" if flip else "latents"
-        return self._handle((shard, flip), lambda: Rows.of(file, entries[name]))
+        entry = self._shards[shard]["latents_flip" if flip else "latents"]
+        return self._handle((shard, flip), lambda: Rows.of(entry))
 
     def _read(self, row: int, flip: bool) -> Tensor:
         shard = bisect_right(self._starts, row) - 1
@@ -226,9 +231,9 @@ def write_stats(folder: FilePath) -> ChannelStatistics:
     """Computes `latents_stats.pt` from all un-flipped rows of a folder of shards, and writes it."""
     folder, seen = Path(folder), ChannelStatistics()
     for file in _shard_files(folder):
-        rows = Rows.of(file, _shard_entries(file)["latents"])
-        for start in range(0, len(rows.x), 256):
-            seen.update(rows.block(start, min(start + 256, len(rows.x))))
+        rows = _shard_entries(file)["latents"]
+        for start in range(0, rows.shape[0], 256):
+            seen.update(rows.rows(start, min(start + 256, rows.shape[0])))
     if not seen.count:
         raise ValueError(f"Expected shards (*.safetensors) in {folder}, got none.")
     save_stats(folder, seen.mean, seen.std())
@@ -323,16 +328,12 @@ def _shards(
                 f"{tuple(part['latents'].shape[1:])}."
             )
         passed = min(skip, len(part["labels"]))
-        skip -= passed
-        part = {name: value[passed:] for name, value in part.items()}
-        while len(part["labels"]):
-            taken = min(size - count, len(part["labels"]))
-            held.append({name: value[:taken] for name, value in part.items()})
-            part = {name: value[taken:] for name, value in part.items()}
-            count += taken
-            if count == size:
-                yield _joined(held)
-                held, count = [], 0
+        skip, count = skip - passed, count + len(part["labels"]) - passed
+        held.append({name: value[passed:] for name, value in part.items()})
+        while count >= size:
+            whole = _joined(held)
+            yield {name: value[:size] for name, value in whole.items()}
+            held, count = [{name: value[size:] for name, value in whole.items()}], count - size
     if count:
         yield _joined(held)
 

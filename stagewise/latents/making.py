@@ -2,13 +2,14 @@
 
 A row is a Gaussian field whose power falls with spatial frequency as `|k|^-exponent`, as in natural
 images (Field 1987: about 2), around the mean of its class, a field of the same kind. Numbers have
-mean 0 and variance 1; `class_share` of the variance is between classes. Files have the layout and
-the scale of the public projects.
+mean 0 and variance 1; a fifth of the variance is between classes. Files have the layout and the
+scale of the public projects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from stagewise.latents.opening import require_format
 
 __all__ = ["made_rows", "make_latents"]
 
+_CLASS_SHARE = 0.2  # of the variance, between classes
 _BLOCK = 1024  # rows made at a time; another number gives other rows for a seed
 
 
@@ -34,7 +36,6 @@ def make_latents(
     *,
     seed: int = 0,
     exponent: float = 2.0,
-    class_share: float = 0.2,
     duplicates: int = 0,
     shard_size: int = 10_000,
     dtype: torch.dtype = torch.float32,
@@ -50,7 +51,6 @@ def make_latents(
         seed: Default 0. The samples of a seed are the same in every format and shard size, up to
             rounding.
         exponent: Of the power spectrum, default 2.
-        class_share: Share of the variance between classes, in [0, 1), default 0.2.
         duplicates: How many rows at the end equal earlier ones, with label and moments.
         shard_size: Of LightningDiT's shards, default 10 000.
         dtype: Of the stored numbers, default float32.
@@ -70,7 +70,7 @@ def make_latents(
         raise FileExistsError(
             f"Expected a new or empty place, got {path}. Choose another, or empty it."
         )
-    rows = made_rows(num_rows, shape, num_classes, seed, exponent, class_share, duplicates)
+    rows = made_rows(num_rows, shape, num_classes, seed, exponent, duplicates)
     unit, first = kind.usual_std, next(rows)  # checks the arguments before a file is written
     blocks = ((x * unit, flip * unit, y) for x, flip, y in chain([first], rows))
     return kind.write(path, blocks, Writing(dtype, shard_size, seed))
@@ -82,41 +82,30 @@ def made_rows(
     num_classes: int,
     seed: int = 0,
     exponent: float = 2.0,
-    class_share: float = 0.2,
     duplicates: int = 0,
 ) -> Iterator[Block]:
-    """The samples, block by block; arguments as in `make_latents`.
-
-    Yields:
-        `(x_1, its flip, labels)`: (n, C, H, W) twice and (n,). The flip is the mirrored sample.
-    """
+    """The samples, block by block: `(x_1, its mirror image, labels)`, (n, C, H, W) and (n,)."""
     if num_rows < 1 or num_classes < 1 or min(shape) < 1 or len(shape) != 3:
         raise ValueError(
             f"Expected at least 1 row, 1 class and a shape (C, H, W), got {num_rows}, "
             f"{num_classes} and {shape}."
         )
-    if not 0 <= class_share < 1:
-        raise ValueError(f"Expected `class_share` in [0, 1), got {class_share}.")
     if not 0 <= duplicates < num_rows:
         raise ValueError(f"Expected `duplicates` from 0 to below {num_rows}, got {duplicates}.")
     unique = num_rows - duplicates
     # The duplicates repeat the first rows in turn.
     source = torch.cat([torch.arange(unique), torch.arange(duplicates) % unique])
-    middles = _field((seed, 0), num_classes, shape, exponent) * class_share**0.5
-    held: tuple[int, Tensor] = (-1, middles)
+    middles = _field((seed, 0), num_classes, shape, exponent) * _CLASS_SHARE**0.5
 
-    def row(index: int) -> Tensor:
-        nonlocal held
-        block = index // _BLOCK
-        if held[0] != block:
-            held = (block, _field((seed, 1, block), _BLOCK, shape, exponent))
-        return held[1][index % _BLOCK]
+    @lru_cache(maxsize=1)
+    def fields(block: int) -> Tensor:
+        return _field((seed, 1, block), _BLOCK, shape, exponent)
 
     for start in range(0, num_rows, _BLOCK):
         rows = source[start : start + _BLOCK].tolist()
         labels = torch.tensor(rows) % num_classes
-        within = torch.stack([row(index) for index in rows])
-        x = middles[labels] + within * (1 - class_share) ** 0.5
+        within = torch.stack([fields(row // _BLOCK)[row % _BLOCK] for row in rows])
+        x = middles[labels] + within * (1 - _CLASS_SHARE) ** 0.5
         yield x, x.flip(-1), labels
 
 
@@ -127,15 +116,12 @@ def _field(
     channels, height, width = shape
     frequency = torch.hypot(
         torch.fft.fftfreq(height, dtype=torch.float64)[:, None] * height,
-        torch.fft.rfftfreq(width, dtype=torch.float64)[None] * width,
+        torch.fft.fftfreq(width, dtype=torch.float64)[None] * width,
     )
     amplitude = frequency.clamp_min(1) ** (-exponent / 2)
-    # Most columns of a real transform stand for two frequencies.
-    double = torch.full((amplitude.shape[1],), 2.0, dtype=torch.float64)
-    double[0] = 1
-    if width % 2 == 0:
-        double[-1] = 1
-    amplitude /= ((amplitude.square() * double).sum() / (height * width)).sqrt()
+    amplitude /= amplitude.square().mean().sqrt()
     white = np.random.default_rng(seed).standard_normal((count, *shape), dtype=np.float32)
-    spectrum = torch.fft.rfft2(torch.from_numpy(white)) * amplitude.float()
+    # A real transform has no negative frequencies.
+    positive = amplitude[:, : width // 2 + 1].float()
+    spectrum = torch.fft.rfft2(torch.from_numpy(white)) * positive
     return torch.fft.irfft2(spectrum, s=(height, width))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from typing_extensions import override
 from stagewise.files import FilePath, Problem, first_line, joined
 from stagewise.latents.arrays import array_entry, save_arrays, to_tensor
 from stagewise.latents.base import Block, Reading, Writing
-from stagewise.latents.per_file import PerFile, sizes_in
+from stagewise.latents.per_file import PerFile, each_row, sizes_in
 from stagewise.latents.scaling import KL16
 from stagewise.tensor_files import Entry
 
@@ -90,27 +91,18 @@ class MAR(PerFile):
     @override
     @classmethod
     def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
-        return write_mar(
-            path,
-            (
-                (cls._moments_of(x, how), cls._moments_of(flip, how), y)
-                for x, flip, y in blocks
-                if y is not None
-            ),
-        )
+        moments = cls._moments_of
+        return write_mar(path, ((moments(x, how), moments(flip, how), y) for x, flip, y in blocks))
 
 
-def write_mar(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Path:
+def write_mar(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor, Any]]) -> Path:
     """Writes `(moments, moments_flip, labels)`, (B, 2C, H, W) twice and (B,), as MAR does.
 
     Folders are named by class, such as `n00000006`, and files by class and row.
     """
-    folder, row = Path(folder), 0
-    for moments, flipped, labels in batches:
-        for z, flip, label in zip(moments, flipped, labels.tolist(), strict=True):
-            name = f"n{label:08d}"
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            file = folder / name / f"{name}_{row:08d}.JPEG.npz"
-            save_arrays(file, {"moments": z, "moments_flip": flip}, sync=False)
-            row += 1
+    folder = Path(folder)
+    for row, (*both, label) in each_row(batches):
+        name = f"n{int(label):08d}"
+        held = dict(zip(_KEYS, both, strict=True))
+        save_arrays(folder / name / f"{name}_{row:08d}.JPEG.npz", held, sync=False)
     return folder

@@ -13,9 +13,9 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,24 +23,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from stagewise.files import FilePath, Problem, first_line, replace_file
-from stagewise.latents.arrays import (
-    array_entry,
-    local_header,
-    members_of,
-    outside,
-    read_array,
-    save_arrays,
-)
+from stagewise.latents.arrays import local_header, members_of, outside, read_array, save_arrays
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.checksums import Compared, compare_files, compare_zip, write_checksums
-from stagewise.latents.per_file import PerFile, sizes_in
+from stagewise.latents.per_file import PerFile, each_row, sizes_in
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
 from stagewise.latents.scaling import SD_VAE
-from stagewise.tensor_files import Entry, map_file
+from stagewise.tensor_files import map_file
 
-__all__ = ["EDM2", "REPA", "file_name", "write_mean_std"]
+__all__ = ["EDM2", "REPA", "file_name", "write_index", "write_mean_std"]
 
 _INDEX = "dataset.json"
+
+Labelled: TypeAlias = "Sequence[tuple[str, int | None]]"
+"""Names of files and their labels."""
 
 
 class _MeanStd(PerFile):
@@ -131,11 +127,6 @@ class _MeanStd(PerFile):
             )
         return torch.tensor(list(labels.values()), dtype=torch.int64)
 
-    def _entry(self, name: str) -> Entry:
-        entry = array_entry(self._root, name) if self._zipped else super()._entry(name)
-        assert entry is not None  # compressed members were refused
-        return entry
-
     def _load(self, name: str, flip: bool) -> Tensor:
         if not self._zipped:
             return super()._load(name, flip)
@@ -207,44 +198,40 @@ def write_mean_std(path: FilePath, batches: Iterable[tuple[Tensor, Tensor | None
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda partial: _write_zip(partial, batches))
         return path
-    path.mkdir(parents=True, exist_ok=True)
-
-    written = [path / _INDEX]
-
-    def save(name: str, moment: Tensor) -> None:
-        (path / name).parent.mkdir(exist_ok=True)
-        save_arrays(path / name, moment, sync=False)
-        written.append(path / name)
-
-    index = _write_rows(batches, save)
-    replace_file(path / _INDEX, lambda partial: partial.write_text(index))
-    write_checksums(path, written)
+    listed = _write_rows(batches, lambda name, z: save_arrays(path / name, z, sync=False))
+    write_index(path, listed)
     return path
+
+
+def write_index(folder: Path, listed: Labelled) -> list[Path]:
+    """Writes the labels of the files in a folder, and their checksums; returns the two files."""
+    index = folder / _INDEX
+    replace_file(index, lambda partial: partial.write_text(_index_of(listed)))
+    return [index, write_checksums(folder, [index, *(folder / name for name, _ in listed)])]
+
+
+def _index_of(listed: Labelled) -> str:
+    labelled = any(label is not None for _, label in listed)
+    return json.dumps({"labels": listed if labelled else None})
 
 
 def _write_zip(path: Path, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
     with zipfile.ZipFile(path, mode="w") as archive:
 
-        def save(name: str, moment: Tensor) -> None:
+        def save(name: str, moments: Tensor) -> None:
             buffer = io.BytesIO()
-            np.save(buffer, moment.numpy())
+            np.save(buffer, moments.numpy())
             archive.writestr(name, buffer.getvalue())  # stored, not compressed
 
-        archive.writestr(_INDEX, _write_rows(batches, save))
+        archive.writestr(_INDEX, _index_of(_write_rows(batches, save)))
 
 
 def _write_rows(
     batches: Iterable[tuple[Tensor, Tensor | None]], save: Callable[[str, Tensor], object]
-) -> str:
-    """Writes the rows of batches under their names; returns the text of their index."""
-    listed: list[list[Any]] | None = []
-    row = 0
-    for moments, labels in batches:
-        for at, moment in enumerate(moments.cpu()):
-            save(file_name(row), moment)
-            if labels is None:
-                listed = None
-            elif listed is not None:
-                listed.append([file_name(row), int(labels[at])])
-            row += 1
-    return json.dumps({"labels": listed})
+) -> Labelled:
+    """Writes the rows of batches; returns their names and labels."""
+    listed: list[tuple[str, int | None]] = []
+    for row, (moments, label) in each_row(batches):
+        save(file_name(row), moments.cpu())
+        listed.append((file_name(row), None if label is None else int(label)))
+    return listed

@@ -6,7 +6,8 @@ Opening lists the sizes of the files, and reads the headers of those with an unu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stagewise.latents.base import Latents, Writing
 from stagewise.latents.scaling import Affine
 from stagewise.tensor_files import Entry
 
-__all__ = ["PerFile", "sizes_in"]
+__all__ = ["PerFile", "each_row", "sizes_in"]
 
 _SPREAD = 0.05
 """Standard deviation of made-up posteriors, relative to that of the samples."""
@@ -36,8 +37,9 @@ class PerFile(Latents):
 
     def _entry(self, name: str) -> Entry:
         """Where the numbers of a file lie, from its header; by default of a `.npy` file."""
-        entry = array_entry(self._root / name)
-        assert entry is not None  # only members of a zip may be compressed
+        zipped = self._root.is_file()
+        entry = array_entry(self._root, name) if zipped else array_entry(self._root / name)
+        assert entry is not None  # compressed members of a zip were refused
         return entry
 
     def _load(self, name: str, flip: bool) -> Tensor:
@@ -106,6 +108,15 @@ class PerFile(Latents):
         # MAR's reader cuts off at -30, a standard deviation of 3e-7.
         spread = (2 * std.log()).clamp_min(-30) if cls.moments == "logvar" else std
         return torch.cat([mean, spread], dim=1).to(how.dtype)
+
+
+def each_row(blocks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    """Number and `(*arrays, label)` of each row of blocks `(*arrays, labels or None)`."""
+    return enumerate(
+        row
+        for *arrays, labels in blocks
+        for row in zip(*arrays, repeat(None) if labels is None else labels, strict=False)
+    )
 
 
 def sizes_in(folders: Iterable[Path], suffix: str) -> dict[str, int]:

@@ -259,6 +259,7 @@ class RowStore(RowClasses):
         size: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        into: Tensor | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """The rows of a segment as they are stored (without `offset`), chunk by chunk.
 
@@ -266,9 +267,10 @@ class RowStore(RowClasses):
         `whole`, `segment(label)` or any other slice; on `device` in `dtype`, default those of the
         bank. Rows that are there already are views. Others are copied into a buffer that is used
         again: **a chunk is valid until the next one is read**. A chunk has `size` rows; default all
-        if they are views, otherwise 32 MiB of rows (8 MiB on a CPU), at least 256.
+        if they are views, otherwise 32 MiB of rows (8 MiB on a CPU), at least 256. `into`: the
+        buffer for copies on a CPU, of `size` rows; default a new one.
         """
-        return stream(self.rows, segment, size, device, dtype, self._file)
+        return stream(self.rows, segment, size, device, dtype, self._file, into)
 
     @property
     def fingerprint(self) -> str:

@@ -45,6 +45,7 @@ def stream(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     file: MappedFile | None = None,
+    into: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """The rows (N, D) of a segment, in chunks, as in `RowStore.chunks`; `file` is their file."""
     if size is not None and size < 1:
@@ -69,7 +70,7 @@ def stream(
     # Fake tensors, which check placement without a device, have no streams.
     if buffer.device.type == "cuda" and rows.device.type == "cpu" and type(buffer) is Tensor:
         return _copied_ahead(rows, spans, size, buffer)
-    buffer = buffer.new_empty((size, rows.shape[1]))
+    buffer = buffer.new_empty((size, rows.shape[1])) if into is None else into
     return ((first, buffer[: last - first].copy_(rows[first:last])) for first, last in spans)
 
 

@@ -33,12 +33,16 @@ _SPARSE = 3
 _FAR = -42.0
 """A log-weight this far below the largest adds less than rounding."""
 
+_LEAD = 9
+"""If so many rows of a chunk have weight, they are summed ahead: no more than 8 are read one by
+one."""
+
 _AWAY = 0.25
 """Distance of a bank's mean from its offset, in radii, above which rows are centred before they are
 multiplied: a float32 product would lose digits."""
 
-_CENTRED = 2**20
-"""Numbers in rows that are centred at a time: fits a CPU's cache."""
+_COPIED = 2**22
+"""Numbers in rows that are centred, or converted on a CPU, at a time."""
 
 _KEPT = 2**30
 """Bytes of rows that stay on a device, once moved, for the second product."""
@@ -105,6 +109,11 @@ class LogWeights:
         rows = sum(segment.stop - segment.start for _, segment in queries.groups)
         small = rows * bank.dim * dtype.itemsize <= _KEPT
         self._keeps = small and bank.device.type != xt.device.type
+        # All chunks are copied into one buffer: the first use of memory takes the system's time.
+        copied = self._centred or dtype != bank.dtype
+        size = min(chunk_size or max(1, _COPIED // bank.dim), max(queries.sizes))
+        cpu = xt.device.type == bank.device.type == "cpu"
+        self._into = xt.new_empty((size, bank.dim), dtype=dtype) if cpu and copied else None
         self._kept: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         self.logits = multiply(query, half_snr, norm, wide)
 
@@ -114,10 +123,9 @@ class LogWeights:
         query, half = query.to(wide), half_snr.to(wide)
         width = max(queries.sizes)
         logits: Tensor | None = None
-        # To convert a row costs more than to multiply it by one query: so that is done once.
-        copied = device.type == "cpu" and (self._centred or self.dtype != bank.dtype)
-        once = copied and self.table is None and not self.whole
-        early = set(indices_of(self.wide)) if once else ()
+        # To copy a row costs more than to multiply it by one query: so that is done once.
+        once = self._into is not None and self.table is None and not self.whole
+        early = set(indices_of(self.wide)) if once else set()
         for at, segment in queries.groups:
             index = queries.place(at)
             q, h = query[index], half[index]
@@ -125,9 +133,12 @@ class LogWeights:
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
                 if len(at) == 1 and at[0] in early:
-                    peak = part.amax()
-                    own = (part - peak).clamp_min_(UNDERFLOW).exp_()
-                    self.ahead.setdefault(at[0], []).append((peak, averages(own, rows)))
+                    top = part.topk(min(_LEAD, len(rows)), dim=1).values[0]
+                    if first > segment.start or top[-1] - top[0] > _FAR:
+                        own = (part - top[0]).clamp_min_(UNDERFLOW).exp_()
+                        self.ahead.setdefault(at[0], []).append((top[0], averages(own, rows)))
+                    else:  # a few rows have all the weight, which needs no second product
+                        early.discard(at[0])
                 if part.shape == (len(query), width):
                     return part
                 if logits is None:
@@ -145,12 +156,13 @@ class LogWeights:
         if ends in self._kept:
             yield from self._kept[ends]
             return
-        size = self.chunk_size
-        if self._centred:
-            size = size or max(1, _CENTRED // self.bank.dim)
-        for first, rows in self.bank.chunks(segment, size, device, self.dtype):
+        size, into = self.chunk_size, self._into
+        if self._centred or into is not None:
+            size = size or max(1, _COPIED // self.bank.dim)
+        for first, rows in self.bank.chunks(segment, size, device, self.dtype, into):
             if self._centred:
-                rows = rows - self.origin.float()
+                out = None if into is None else into[: len(rows)]
+                rows = torch.sub(rows, self.origin.float(), out=out)
             if self._keeps:
                 rows = rows if self._centred else rows.clone()
                 self._kept.setdefault(ends, []).append((first, rows))

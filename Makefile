@@ -37,7 +37,7 @@ test-all: $(VENV)/.all ## install torch-cluster (compiled: some minutes), run al
 	$(PYTEST) --slow
 
 test-rest: $(VENV)/.all ## the same, but only what `make test` has just skipped
-	$(PYTEST) --rest
+	$(PYTEST) --rest --dist load --maxschedchunk 1
 
 lint: $(VENV)/.dev ## check style, format, imports and types
 	$(BIN)/ruff check

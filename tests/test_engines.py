@@ -710,3 +710,28 @@ def test_rows_of_a_table_are_not_those_of_the_class():
     torch.testing.assert_close(
         post.mean, some.posterior(xt, t, labels).mean.double(), rtol=1e-6, atol=1e-6
     )
+
+
+def test_float64_is_for_queries_that_more_leading_rows_do_not_help(monkeypatch):
+    made = []
+    init = LogWeights.__init__
+
+    def counted(found, bank, queries, dtype, **options):
+        made.append((dtype, len(queries)))
+        init(found, bank, queries, dtype, **options)
+
+    g = torch.Generator().manual_seed(5)
+    x, t = torch.randn(3000, 512, generator=g), torch.linspace(0.02, 0.25, 64)
+    xt = LinearPath().interpolate(torch.randn(64, 512, generator=g), x[:64], t)
+    bank = LatentBank(x)
+    exact = Oracle(bank, engine=Exact("float64")).posterior(xt, t).mean
+    monkeypatch.setattr(LogWeights, "__init__", counted)
+    passes = {}
+    for rtol in (1e-5, 2e-6, 1e-6):
+        made.clear()
+        mean = Oracle(bank, engine=Exact(rtol=rtol)).posterior(xt, t).mean
+        passes[rtol] = [dtype for dtype, _ in made]
+        assert ((mean - exact).norm(dim=1) <= rtol * (exact - bank.centre).norm(dim=1)).all()
+        assert all(count < 64 for _, count in made[1:])
+    single, double = torch.float32, torch.float64
+    assert passes == {1e-5: [single], 2e-6: [single] * 2, 1e-6: [single, single, double]}

@@ -20,8 +20,8 @@ if the errors of different rows are independent. Here e is the rounding of the s
 its weights and its partial sums. Rows far from the origin are therefore centred before they are
 multiplied in float32, and weights count from their mean if all rows are summed
 (`LogWeights.product`): the sum is then as small as m - c. The engine checks for each query that the
-estimate is below `rtol`; otherwise it solves the query in float64. `precision="float64"` solves all
-queries so, and is the reference.
+estimate is below `rtol`. Otherwise it solves the query again, on a CPU first with 64 leading rows,
+and then in float64. `precision="float64"` solves all queries so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
 precisions cost none. For banks on CUDA there are kernels without syncs: class-wise queries need no
@@ -166,6 +166,7 @@ class Exact(Engine):
         k: int,
         finish: Finish | None = None,
         table: Tensor | None = None,
+        lead: int = FEW,
     ) -> Posterior:
         """The posterior by a product, or in float64 for queries with too large an error.
 
@@ -178,14 +179,18 @@ class Exact(Engine):
         found = LogWeights(bank, queries, dtype, table=table, chunk_size=size)
         if self.precision != "auto" or dtype == torch.float64:
             return finish(found, Leading.of(found, k, MORE))
-        leading = Leading.of(found, k, FEW)
+        leading = Leading.of(found, k, lead)
         post = finish(found, leading)
         wrong = indices_of(~(_error(found, leading, post) <= self._rtol(dtype)))
         if not wrong:
             return post
         some, rows = queries.select(wrong), None if table is None else table[queries.place(wrong)]
-        again = LogWeights(bank, some, torch.float64, table=rows, chunk_size=size)
-        return replace_queries(post, wrong, finish(again, Leading.of(again, k, FEW)), len(queries))
+        if lead == FEW and queries.xt.device.type == "cpu":
+            better = self.solve(bank, some, k, finish, rows, MORE)
+        else:
+            again = LogWeights(bank, some, torch.float64, table=rows, chunk_size=size)
+            better = finish(again, Leading.of(again, k, FEW))
+        return replace_queries(post, wrong, better, len(queries))
 
     def _finish(self, found: LogWeights, leading: Leading) -> Posterior:
         """The mean: of a few rows if they carry the posterior, otherwise by a product."""

@@ -671,7 +671,7 @@ def test_only_rows_that_can_matter_are_read_again(monkeypatch):
 @pytest.mark.parametrize("chunk_size", [None, 7])
 @pytest.mark.parametrize("settings", [{"dtype": torch.bfloat16}, {"dtype": torch.float16}, {}])
 def test_rows_that_are_converted_are_read_once(monkeypatch, settings, chunk_size):
-    """Those of a class, for one query each, in navigation and near the data."""
+    """Those of a class for one query, in navigation; a class with two is read for each product."""
     read = []
     chunks = LatentBank.chunks
 
@@ -680,22 +680,23 @@ def test_rows_that_are_converted_are_read_once(monkeypatch, settings, chunk_size
         return chunks(bank, segment, *rest)
 
     g = torch.Generator().manual_seed(3)
-    spread = torch.linspace(0.3, 2, 40).repeat_interleave(30)[:, None]
+    spread = torch.linspace(0.3, 2, 40).repeat_interleave(120)[:, None]
     # Rows far from the origin: those of 32 bits are centred before they are multiplied.
-    x = 5 + spread * torch.randn(1200, 300, generator=g)
-    bank = LatentBank(x, torch.arange(40).repeat_interleave(30), **settings)
+    x = 5 + spread * torch.randn(4800, 300, generator=g)
+    bank = LatentBank(x, torch.arange(40).repeat_interleave(120), **settings)
     labels = torch.randperm(40, generator=g)
-    t = torch.linspace(0, 0.999, 40) ** 3
-    xt = LinearPath().interpolate(torch.randn(40, 300, generator=g), bank.take(30 * labels), t)
+    labels[1] = labels[0]
+    t = torch.linspace(0, 0.05, 40)
+    xt = LinearPath().interpolate(torch.randn(40, 300, generator=g), bank.take(120 * labels), t)
     exact = Oracle(bank, engine=Exact("float64")).posterior(xt, t, labels)
     monkeypatch.setattr(LatentBank, "chunks", counted)
     # Without the check, which reads the rows of a doubtful query again.
     engine = Exact("float32", chunk_size=chunk_size)
     post = Oracle(bank, engine=engine).posterior(xt, t, labels)
-    assert len(read) == 40
+    assert len(read) == 39 + 1
     off = (post.mean - exact.mean).norm(dim=1) / (exact.mean - bank.centre).norm(dim=1)
     assert off.max() < 1e-6
-    assert 10 < (exact.ess > 10).sum() < 30  # navigation
+    assert (exact.ess > 10).sum() > 20  # navigation
 
 
 def test_rows_of_a_table_are_not_those_of_the_class():

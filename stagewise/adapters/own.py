@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,12 +37,12 @@ class _Own(TargetMaker):
 
         return restore
 
-    def _report_to(self, observer: Callable[..., None]) -> Detach:
+    def _observe(self, tell: Tell) -> Detach:
         own = self.place.object
-        own.observers = (*own.observers, observer)
+        own.observers = (*own.observers, tell)
 
         def restore() -> None:
-            own.observers = tuple(each for each in own.observers if each is not observer)
+            own.observers = tuple(each for each in own.observers if each is not tell)
 
         return restore
 
@@ -68,9 +67,6 @@ class Objective(_Own):
     def last(self) -> tuple[Tensor, Tensor] | None:
         record = self.place.object.last
         return None if record is None else (record.t, record.loss)
-
-    def _observe(self, tell: Tell) -> Detach:
-        return self._report_to(tell)
 
 
 class StageTargetMaker(_Own):
@@ -98,6 +94,7 @@ class StageTargetMaker(_Own):
                     f"StageTarget(convention={written(part.convention)})."
                 )
 
+    @override
     def _observe(self, tell: Tell) -> Detach:
         self.place.object.begin()
 
@@ -105,7 +102,7 @@ class StageTargetMaker(_Own):
             masks = labels if isinstance(labels, MaskedLabels) else None
             tell(x1, self._noise(y, xt, t, x1), t, xt, {"labels": plain(labels)}, masks, c)
 
-        return self._report_to(observer)
+        return super()._observe(observer)
 
     @torch.no_grad()
     def _noise(self, y: Tensor, xt: Tensor, t: Tensor, x1: Tensor) -> Tensor | None:

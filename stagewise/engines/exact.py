@@ -211,7 +211,7 @@ class Exact(Engine):
             spread = [query for query in spread if query not in found.ahead]
         if spread:
             # If it is nearly all queries, a product for all is cheaper than selecting them.
-            some = list(range(count)) if len(narrow) < count / 16 else spread
+            some = spread if ahead or len(narrow) >= count / 16 else list(range(count))
             ones = torch.ones_like(leading.tail[: len(some)])
             mean[queries.place(some)] = found.product(leading.weights, some, ones)
         if narrow:

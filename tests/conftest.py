@@ -111,6 +111,9 @@ def pytest_configure(config):
     gc.disable()  # until all is collected
     # Each Trainer reads the metadata of all that is installed: as long as four steps of a fit.
     registry.entry_points = cache(registry.entry_points)
+    # Lightning has cards counted by a library that is searched for each time: fake tensors ask often.
+    if not torch.cuda.is_available():
+        del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
     # A seed for a device that is not there is kept with the call stack: longer than a step.
     for kind in (torch.cuda, torch.xpu, torch.mtia):
         if not kind.is_available():

@@ -211,6 +211,8 @@ def train(net, oracle, ranks):
 def memory(world, rank):
     """Bytes of a rank's rows as they are stored, and of all tensors that a query left behind."""
     n, dim = LARGE
+    gc.collect()
+    gc.freeze()  # there are a million objects, and few of them are tensors
     before = alive()
     rows = shard_rows(n, rank, world)
     x = torch.randn(rows.stop - rows.start, dim, generator=torch.Generator().manual_seed(rank))
@@ -222,7 +224,7 @@ def memory(world, rank):
 
 
 def alive():
-    """Bytes of all tensors of this process. The resident size also moves with the allocator."""
+    """Bytes of all new tensors of this process. The resident size also moves with the allocator."""
     gc.collect()
     storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

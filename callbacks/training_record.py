@@ -160,7 +160,7 @@ class TrainingRecord:
     def window(self, step: int) -> dict[str, Any] | None:
         """The event of all ranks' batches since the last window, None without any; a collective."""
         total = self._of_all_ranks().to("cpu")
-        self.sums = replace(self._empty)
+        self.sums, self._unread = replace(self._empty), []
         begin, self._begin, self._logged = self._begin, step, None
         if not bool(total.count.any()):
             return None

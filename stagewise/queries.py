@@ -184,10 +184,10 @@ def indices_of(flags: Tensor) -> list[int]:
 
 def checked_source(source: Tensor, count: int, rows: int | None) -> Tensor:
     """`source` itself; refuses it unless it is (count,) integers, below `rows` if that is given."""
-    if source.shape != (count,) or source.is_floating_point():
+    if source.shape != (count,) or source.is_floating_point() or source.dtype == torch.bool:
         raise ValueError(
-            f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "
-            f"{tuple(source.shape)}."
+            f"Expected integer `source` with shape ({count},), the row of each sample, got "
+            f"{source.dtype} of shape {tuple(source.shape)}: source=bank.find(x1)."
         )
     if rows is not None:
         require_all(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from operator import index
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ __all__ = [
     "time_of",
 ]
 
+N = TypeVar("N")
+
 Strength: TypeAlias = "Callable[[Tensor], Tensor]"
 """A function from times, (B,), to numbers in [0, 1], (B,), that multiply what is added to rows."""
 
@@ -52,6 +55,13 @@ def search_space(bank: LatentBank, features: Tensor | None, class_wise: bool) ->
         )
     features = features.detach().to(bank.device).flatten(1)
     features = features if features.is_floating_point() else features.float()
+    wrong = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"Expected finite `features`, got NaN or Inf in {len(wrong)} of {len(bank)} lines, the "
+            f"first {wrong[0]}. Leave these samples out: keep = features.flatten(1).isfinite()"
+            ".all(1); Smoothing(LatentBank(x[keep]), features=features[keep])."
+        )
     own = features if bank.index is None else features[bank.index]
     labels = torch.tensor(bank.labels_of(range(len(bank)))) if class_wise else None
     return LatentBank(own, labels)
@@ -124,20 +134,34 @@ def check_settings(
             'Smoothing(LatentBank(x)); of latents in files Smoothing(open_latents("path").bank()).'
         )
     require_fixed(bank)
-    count = index(neighbours)  # a TypeError if it is no whole number
+    count = _number(index, neighbours)
+    if count is None:
+        raise TypeError(
+            f"Expected `neighbours` to be a whole number, got {neighbours!r}: "
+            "Smoothing(bank, neighbours=8)."
+        )
     if not 1 <= count < len(bank):
         raise ValueError(
             f"Expected `neighbours` from 1 to {len(bank) - 1}, the number of other rows, got "
             f"{count}: Smoothing(bank, neighbours={min(8, len(bank) - 1)})."
         )
-    scale, floor = float(scale), float(floor)
+    sizes = []
     for name, value, usual in (("scale", scale, 1), ("floor", floor, 0)):
-        if not 0 <= value < math.inf:
+        size = _number(float, value)
+        if size is None or not 0 <= size < math.inf:
             raise ValueError(
                 f"Expected `{name}` of at least 0, got {value!r}. The default is "
                 f"Smoothing(bank, {name}={usual})."
             )
-    return count, scale, floor
+        sizes.append(size)
+    return count, sizes[0], sizes[1]
+
+
+def _number(kind: Callable[[Any], N], value: Any) -> N | None:
+    """A number of any library as Python's; None for what is no number."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        return None if isinstance(value, bool | str) else kind(value)
+    return None
 
 
 def tell_of_neighbours(bank: LatentBank, index: Tensor, class_wise: bool) -> None:

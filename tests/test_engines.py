@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from stagewise import LatentBank, LinearPath, Oracle
-from stagewise.engines import Auto, Engine, Exact, Nearest, Queries
+from stagewise.engines import Auto, Engine, Exact, Nearest, Queries, log_weights
 from stagewise.engines.exact import FEW
 from stagewise.engines.log_weights import LogWeights
 from stagewise.engines.nearest import Truncated, draw_rows
@@ -697,6 +697,21 @@ def test_rows_that_are_converted_are_read_once(monkeypatch, settings, chunk_size
     off = (post.mean - exact.mean).norm(dim=1) / (exact.mean - bank.centre).norm(dim=1)
     assert off.max() < 1e-6
     assert (exact.ess > 10).sum() > 20  # navigation
+
+
+def test_nearest_rows_of_converted_classes_need_no_sum_of_all(monkeypatch):
+    g, labels = torch.Generator().manual_seed(4), torch.arange(4)
+    each = labels.repeat_interleave(300)
+    bank = LatentBank(torch.randn(1200, 64, generator=g), each, dtype=torch.bfloat16)
+    summed, averages = [], log_weights.averages
+    monkeypatch.setattr(
+        log_weights, "averages", lambda *given: summed.append(1) or averages(*given)
+    )
+    for engine, count in ((Nearest(5), 0), (Exact(), 4)):
+        summed.clear()
+        oracle = Oracle(bank, engine=engine)
+        oracle.posterior(torch.randn(4, 64, generator=g), torch.full((4,), 0.02), labels)
+        assert len(summed) == count
 
 
 def test_rows_of_a_table_are_not_those_of_the_class():

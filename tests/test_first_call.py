@@ -399,6 +399,16 @@ def test_an_adaptive_sampler_that_is_told_nothing_says_so_once(inner):
         assert len(said) == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_calls_of_a_step_that_is_observed_are_not_counted():
+    y, call = made(2)
+    scheme = Scheme(timesteps=LossSecondMoment())
+    for step in range(1, 30):
+        [scheme(y, **call) for _ in range(50 if step < 15 else 1)]
+        losses = {"t": call["t"], "loss": call["t"]} if step % 16 == 0 else {}
+        scheme.observe(step=step, total=None, **losses)
+
+
 def test_an_adaptive_sampler_that_is_never_observed_says_so():
     y, call = made(2)
     scheme = Scheme(timesteps=LossSecondMoment())

@@ -586,9 +586,15 @@ def test_numbers_of_other_libraries(bank, tmp_path):
         ({"neighbours": 0}, "`neighbours` from 1 to 59.*got 0"),
         ({"scale": -1.0}, "`scale` of at least 0, got -1.0"),
         ({"floor": math.nan}, "`floor` of at least 0, got nan"),
+        ({"scale": "1"}, "`scale` of at least 0, got '1'"),
+        ({"scale": None}, "`scale` of at least 0, got None"),
+        ({"scale": torch.ones(2)}, "`scale` of at least 0, got tensor"),
         ({"features": torch.zeros(59, 2)}, r"`features` with shape \(60, F\).*got \(59, 2\)"),
         ({"features": torch.zeros(60)}, r"`features` with shape \(60, F\).*got \(60,\)"),
-        ({"features": torch.full((60, 2), math.nan)}, "NaN or Inf in 60 of 60"),
+        (
+            {"features": torch.ones(60, 2).index_fill(0, torch.tensor([7, 9]), math.nan)},
+            r"`features`, got NaN or Inf in 2 of 60 lines, the first 7.*features=features\[keep\]",
+        ),
     ],
 )
 def test_settings_that_are_refused(bank, tmp_path, options, message):
@@ -601,8 +607,9 @@ def test_settings_that_are_refused(bank, tmp_path, options, message):
 def test_what_is_no_bank_no_label_no_number(bank):
     with pytest.raises(TypeError, match=r"Expected a LatentBank.*Tensor.*LatentBank\(x\)"):
         Smoothing(bank.rows)
-    with pytest.raises(TypeError, match="float"):
-        Smoothing(bank, 0.5)
+    for wrong in (0.5, "8", True):
+        with pytest.raises(TypeError, match=f"whole number, got {wrong!r}: Smoothing"):
+            Smoothing(bank, wrong)
     with pytest.raises(ValueError, match="bank with labels"):
         Smoothing(LatentBank(samples()), class_wise=True)
     with pytest.raises(TypeError, match="Expected a Smoothing, got float"):
@@ -624,7 +631,8 @@ def test_draws_that_are_refused(smoothing):
     refused("from 0 to 59.*the first -1", x1, source - 1)
     refused("integer `source` with shape", x1, source[:2])
     refused("near the rows.*times as far.*argsort", x1, source + 40)
-    refused("integer `source` with shape", x1, source.float())
+    for wrong in (source.float(), source > 1):
+        refused("integer `source` with shape.*source=bank.find.x1", x1, wrong)
     refused(r"`x1` with shape \('B', 12\)", x1[:, :3], source)
     refused("times `t`.*draw.x1, source, t=t, boundary=0.5", x1, source, boundary=0.5)
     refused("times `t`", x1, source, strength=lambda t: t)

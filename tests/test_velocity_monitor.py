@@ -360,6 +360,19 @@ def test_bins_that_training_never_draws_from_are_left_out(fit, tiny_flow, tmp_pa
     assert monitor.history[-1]["train"]["conditional"][3] > 0, "a probe has queries there"
 
 
+def test_after_a_batch_that_is_not_finite_no_others_are_kept(fit):
+    kept = []
+
+    class Listen(pl.Callback):
+        def on_train_batch_end(self, *_):
+            kept.append(len(monitor._record._unread))
+
+    monitor = VelocityErrorMonitor(**SMALL)
+    with pytest.warns(UserWarning, match="At step 3"):
+        fit(Listen(), monitor, model=Broken(), max_steps=30, log_every_n_steps=1)
+    assert max(kept) <= SMALL["every_n_steps"]
+
+
 def test_it_is_named_if_training_stops_there(fit, tiny_flow, tmp_path, read_stages):
     model = Broken()
     step = model.training_step

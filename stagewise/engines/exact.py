@@ -174,13 +174,13 @@ class Exact(Engine):
         default with all rows. `table` has the rows of each query, (B, n), -1 for none; default its
         segment.
         """
-        finish = finish or self._finish
+        end = finish or self._finish
         dtype, size = self._dtype(bank, queries), self.chunk_size
-        found = LogWeights(bank, queries, dtype, table=table, chunk_size=size)
+        found = LogWeights(bank, queries, dtype, table=table, chunk_size=size, sums=finish is None)
         if self.precision != "auto" or dtype == torch.float64:
-            return finish(found, Leading.of(found, k, MORE))
+            return end(found, Leading.of(found, k, MORE))
         leading = Leading.of(found, k, lead)
-        post = finish(found, leading)
+        post = end(found, leading)
         wrong = indices_of(~(_error(found, leading, post) <= self._rtol(dtype)))
         if not wrong:
             return post
@@ -189,7 +189,7 @@ class Exact(Engine):
             better = self.solve(bank, some, k, finish, rows, MORE)
         else:
             again = LogWeights(bank, some, torch.float64, table=rows, chunk_size=size)
-            better = finish(again, Leading.of(again, k, FEW))
+            better = end(again, Leading.of(again, k, FEW))
         return replace_queries(post, wrong, better, len(queries))
 
     def _finish(self, found: LogWeights, leading: Leading) -> Posterior:

@@ -61,6 +61,7 @@ class LogWeights:
         dtype: What the rows are multiplied in, see `products.working_dtype`.
         table: Which rows, (B, n), -1 for none; default all rows of a query, in order.
         chunk_size: Rows multiplied at a time.
+        sums: Whether `summed` will be asked.
 
     Attributes:
         logits: `l_i + shared`, (B, width), `NO_ROW` where a query has fewer rows than others.
@@ -69,8 +70,8 @@ class LogWeights:
         growth: What a product of size 1 adds to `delta`.
         lifted: The sum of what was subtracted from the logits, (B,), float64.
         wide: Where leading rows may be summed in float32 without effect on the velocity, (B,).
-        ahead: For queries that `summed` answers, of each chunk of rows: the largest logit p, and
-            `sum_i exp(l_i - p) x^(i)`, (1, D).
+        ahead: For queries that `summed` answers: the largest logit p, and
+            `sum_i exp(l_i - p) x^(i)`, (D,), float64.
         origin: The difference of a sample from its row as it is multiplied, (D,), float64.
         shift: The bank's mean minus `origin`, (D,), float64.
     """
@@ -83,6 +84,7 @@ class LogWeights:
         *,
         table: Tensor | None = None,
         chunk_size: int | None = None,
+        sums: bool = True,
     ) -> None:
         self.bank, self.queries, self.dtype, self.table = bank, queries, dtype, table
         self.chunk_size = chunk_size
@@ -103,7 +105,7 @@ class LogWeights:
         self.delta = u * length * path.alpha / path.sigma**2
         self.lifted = torch.zeros_like(self.delta)
         self.wide = path.sigma.clamp_max(1) * bank.radius >= _WIDE * bank.max_norm
-        self.ahead: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.ahead: dict[int, tuple[Tensor, Tensor]] = {}
         multiply = self._dense if table is None else self._gathered
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         rows = sum(segment.stop - segment.start for _, segment in queries.groups)
@@ -114,6 +116,9 @@ class LogWeights:
         size = min(chunk_size or max(1, _COPIED // bank.dim), max(queries.sizes))
         cpu = xt.device.type == bank.device.type == "cpu"
         self._into = xt.new_empty((size, bank.dim), dtype=dtype) if cpu and copied else None
+        # To copy a row costs more than to multiply it by one query: so that is done once.
+        once = sums and self._into is not None and table is None and not self.whole
+        self._early = set(indices_of(self.wide)) if once else set()
         self._kept: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         self.logits = multiply(query, half_snr, norm, wide)
 
@@ -123,22 +128,14 @@ class LogWeights:
         query, half = query.to(wide), half_snr.to(wide)
         width = max(queries.sizes)
         logits: Tensor | None = None
-        # To copy a row costs more than to multiply it by one query: so that is done once.
-        once = self._into is not None and self.table is None and not self.whole
-        early = set(indices_of(self.wide)) if once else set()
         for at, segment in queries.groups:
             index = queries.place(at)
             q, h = query[index], half[index]
             for first, rows in self._chunks(segment, device):
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
-                if len(at) == 1 and at[0] in early:
-                    top = part.topk(min(_LEAD, len(rows)), dim=1).values[0]
-                    if first > segment.start or top[-1] - top[0] > _FAR:
-                        own = (part - top[0]).clamp_min_(UNDERFLOW).exp_()
-                        self.ahead.setdefault(at[0], []).append((top[0], averages(own, rows)))
-                    else:  # a few rows have all the weight, which needs no second product
-                        early.discard(at[0])
+                if len(at) == 1 and at[0] in self._early:
+                    self._sum_ahead(at[0], part, rows)
                 if part.shape == (len(query), width):
                     return part
                 if logits is None:
@@ -146,6 +143,18 @@ class LogWeights:
                 logits[index, first - segment.start : last - segment.start] = part
         assert logits is not None
         return logits
+
+    def _sum_ahead(self, at: int, logits: Tensor, rows: Tensor) -> None:
+        """Adds a chunk of rows and its logits, (1, n), to `ahead`."""
+        top = logits.topk(min(_LEAD, len(rows)), dim=1).values[0]
+        if at not in self.ahead and top[-1] - top[0] <= _FAR:
+            self._early.discard(at)  # a few rows have all the weight: that needs no second product
+            return
+        total = averages((logits - top[0]).clamp_min_(UNDERFLOW).exp_(), rows)[0].double()
+        peak, before = self.ahead.get(at, (top[0].double(), torch.zeros_like(total)))
+        new = torch.maximum(peak, top[0].double())
+        total *= (top[0] - new).exp()
+        self.ahead[at] = new, total.add_(before.mul_((peak - new).exp()))
 
     def _chunks(self, segment: slice, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Rows minus `origin`, in the dtype in which they are multiplied.
@@ -301,9 +310,8 @@ class LogWeights:
         more = shares - scale[:, None] * given
         total = self.moment(columns, more, at) + (1 - more.sum(1))[:, None] * self.origin
         for line, query in enumerate(at):
-            peaks, sums = zip(*self.ahead[query], strict=True)
-            parts = (torch.stack(peaks).double() - self.lifted[query]).exp() * scale[line]
-            total[line] += parts @ torch.cat(sums).double()
+            peak, ahead = self.ahead[query]
+            total[line] += (peak - self.lifted[query]).exp() * scale[line] * ahead
         return total
 
     def product(

@@ -251,7 +251,8 @@ class Scheme(SchemeState):
             *(y, xt, t, x1, prediction), labels=labels, source=source, condition=condition
         )
         weight = self._weight(t)
-        self._wait(1)
+        if not self._step:  # else steps are counted
+            self._wait(1)
         self.last = SchemeRecord(
             t=t.detach(),
             x1=self._as_rows(x1.detach(), labels)[0],

@@ -31,7 +31,8 @@ from stagewise.weights import Weight, weights_at
 __all__ = ["SchemeRecord", "SchemeState", "Shared"]
 
 _CALLS = 1000
-"""Within which an adaptive sampler must get losses; an observed step counts like 50."""
+"""Within which an adaptive sampler must get losses; an observed step counts like 50, however many
+calls it has."""
 
 
 @dataclass(frozen=True)

@@ -119,17 +119,20 @@ SHALLOW = """
 import runpy
 import sys
 
+import measure
 import training
 
 whole = training.recipe
 training.recipe = lambda experiment: whole(experiment, "net.depth=1")
+measure.Options.rows = lambda self, count: 128
+training.ORACLE_BATCH = 2
 runpy.run_path("recipes.py", run_name="__main__")
 """
 
 
 @pytest.mark.slow
 def test_the_script_measures_all_cases(tmp_path):
-    """With one block of each network."""
+    """With one block of each network, few rows and small batches."""
     file, folder = tmp_path / "numbers.json", ROOT / "benchmarks"
     command = [sys.executable, "-c", SHALLOW, "--threads", "1"]
     command += ["--runs", "1", "--scale", "0.02", "--json", str(file)]

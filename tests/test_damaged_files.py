@@ -200,7 +200,10 @@ def attempt(path, data, read, verify):
 
 
 def places(length, count, seed):
-    return sorted(np.random.default_rng(seed).choice(length, min(count, length), replace=False))
+    """One in each part of a file, so that no field of some bytes is passed over."""
+    count = min(count, length)
+    parts = np.arange(count) + np.random.default_rng(seed).random(count)
+    return (parts * length / count).astype(int).tolist()
 
 
 def campaign(kind, folder, cuts, flips):
@@ -219,7 +222,7 @@ def campaign(kind, folder, cuts, flips):
     noticed = 0
     for at in places(len(data), flips, 1):
         flipped = bytearray(data)
-        flipped[at] ^= 1 << int(at) % 8
+        flipped[at] ^= 1 << at % 8
         attempt(path, flipped, read, "quick")
         found = attempt(path, flipped, read, "full")
         noticed += found is None
@@ -239,7 +242,7 @@ def test_cut_or_flipped(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_or_flipped_anywhere(tmp_path, kind):
     (tmp_path / "x").mkdir()
-    campaign(kind, tmp_path / "x", cuts=200, flips=800)
+    campaign(kind, tmp_path / "x", cuts=80, flips=320)
 
 
 @pytest.mark.parametrize("kind", ["bank", "certificate", "smoothing", "shard", "safetensors"])
@@ -251,7 +254,7 @@ def test_every_flip_of_a_header_that_is_written_here_is_noticed_at_opening(tmp_p
     end = 8 + int.from_bytes(data[:8], "little")
     for at in places(end, 60, 2):
         flipped = bytearray(data)
-        flipped[at] ^= 1 << int(at) % 8
+        flipped[at] ^= 1 << at % 8
         assert attempt(path, flipped, read, "quick") is None, at
 
 
@@ -273,7 +276,7 @@ def test_flips_of_headers_without_checksums_are_noticed_or_harmless(tmp_path, ki
     first, last = HEADERS[kind]
     for at in places(last - first, 40, 3):
         flipped = bytearray(data)
-        flipped[first + at] ^= 1 << int(at) % 8
+        flipped[first + at] ^= 1 << at % 8
         found = attempt(path, flipped, read, "quick")
         assert found is None or same(found, right), at
 

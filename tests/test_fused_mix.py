@@ -1,5 +1,6 @@
 """What a class-wise `Mix` adds on CUDA, by Triton's interpreter, against the plain way."""
 
+import gc
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from stagewise.schemes import correction
 
 triton = pytest.importorskip("triton")
 
-SHAPES = ((3, "float32"), (40, "bfloat16"))
+SHAPES = ((3, "float32"), (24, "bfloat16"))
 TIMES = (0.0, 0.3, 0.999)
 CASES = (
     (Mix(), "velocity", False, True, None),
@@ -29,11 +30,11 @@ CASES = (
     (Mix(Concentration()), "velocity", True, None, None),
     (ReferenceSet(4), "velocity", True, True, None),
     (ReferenceSet(32, shared=True), "velocity", False, True, None),
-    (Mix(), "velocity", False, True, torch.bfloat16),
     (ReferenceSet(3), "velocity", False, None, None),
+    (Mix(), "velocity", False, True, torch.bfloat16),
 )
 """Target, prediction, whether a source is told, whether labels decide (None: all rows are read),
-and a type that x_1 is cast to."""
+and a type that x_1 is cast to. Each is tried with one of the shapes, the fourth with both."""
 
 
 class Read(Exact):
@@ -53,7 +54,7 @@ def batch(dim, dtype, turn=0):
     generator = torch.Generator().manual_seed(dim)
     labels = torch.tensor([7] * 6 + [-3] * 20 + [40] + [9] * 5)
     x = 2 + torch.randn(32, dim, generator=generator)
-    x[5, 0] = -0.0
+    x[5, :2] = torch.tensor([-0.0, 0.0])
     x[10] = x[11]  # twice in its class
     x[[12, 27, 28]] = x[3].clone()  # in three classes
     bank = LatentBank(x, labels, dtype=getattr(torch, dtype))
@@ -63,7 +64,7 @@ def batch(dim, dtype, turn=0):
     # that is said to be from another class.
     kinds = [3, 5, 10, 26, 2, 15, 20, 4, 8]
     x1, y = x[kinds].clone(), labels[kinds].clone()
-    x1[1, 0] = 0.0
+    x1[1, :2] = torch.tensor([0.0, -0.0])
     x1[4:7] += noise[4:7]
     source = torch.full((9,), -1)
     source[5], source[6], source[8] = at[15], at[0], at[30]
@@ -76,12 +77,14 @@ def batch(dim, dtype, turn=0):
 def errors(dim, dtype):
     """How far targets by kernels are from those by the exact engine, as a share of them."""
     worst = {}
-    cases = CASES if dtype == "float32" else CASES[1:6]
-    for turn, (what, kind, told, named, cast) in enumerate(cases, SHAPES.index((dim, dtype))):
+    shape = SHAPES.index((dim, dtype))
+    cases = CASES[shape::2] + (CASES[3:4] if not shape else ())
+    for turn, (what, kind, told, named, cast) in enumerate(cases, shape):
         bank, xt, t, x1, labels, source = batch(dim, dtype, turn)
         oracle, by_kernels = (Oracle(bank, engine=engine) for engine in (Exact("float64"), Read()))
         if cast:
-            xt, x1 = xt + t[:, None] * (x1.to(cast) - x1), x1.to(cast)
+            # The interpreter compares bfloat16 by bits, and would tell -0 from 0.
+            xt, x1 = xt + t[:, None] * (x1.to(cast) - x1), x1.to(cast) + 0
         given = {"xt": xt, "t": t, "x1": x1, "prediction": Prediction(kind), "boundary": 0.4}
         given |= {"source": source if told else None, "on_missing": "insert"}
         given |= {"class_wise": named is not None}
@@ -133,17 +136,19 @@ def errors(dim, dtype):
     assert (dropped.wrong == KNOWN).all()
     stored = bank.take(expected.clamp_min(0)).where(expected[:, None] >= 0, x1.double())
     assert torch.equal(found.near, stored)
-    if (dim, dtype) == SHAPES[0]:  # for the others it is the same, and takes seconds
-        refusals(bank, x1, t, labels)
-        corners(bank, xt, x1, labels)
+    if not shape:  # for the others it is the same, and takes seconds
+        few = slice(2, 6)  # rows and others
+        refusals(bank, x1[few], t[few], labels[few])
+        corners(bank, xt[few], x1[few], labels[few])
     return worst
 
 
 def corners(bank, xt, x1, labels):
     """Samples that must be rows, infinite factors, and numbers that lie in another order."""
-    t, found = torch.full((9,), 0.5), bank.find(x1, first=ends(bank, labels)[:, 0])
+    t, found = torch.full((len(x1),), 0.5), bank.find(x1, first=ends(bank, labels)[:, 0])
     row = (found >= ends(bank, labels)[:, 0]) & (found < ends(bank, labels)[:, 1])
-    assert 0 < row.sum() < 9
+    assert row.any()
+    assert not row.all()
     given = {"x1": x1, "prediction": Prediction("velocity"), "labels": labels, "class_wise": True}
     given |= {"on_missing": "error", "draws": Random(0)}
     oracle = Oracle(bank, engine=Read())
@@ -193,22 +198,23 @@ def refusals(bank, x1, t, labels):
             bank.report(torch.full((1,), KNOWN))
 
 
-@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.slow), 1])
-def interpreted(request):
-    """A shape, and `errors` of it with the kernels run on the CPU."""
+@pytest.fixture(scope="module")
+def interpreted():
+    """`errors` of each shape with the kernels run on the CPU."""
     run = subprocess.run(
-        [sys.executable, __file__, str(request.param)],
+        [sys.executable, __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    return SHAPES[request.param], json.loads(run.stdout)
+    return json.loads(run.stdout)
 
 
-def test_as_the_exact_engine(interpreted):
-    (_, dtype), found = interpreted
-    assert len(found) == (len(CASES) if dtype == "float32" else 5)
+@pytest.mark.parametrize("shape", [0, 1])
+def test_as_the_exact_engine(interpreted, shape):
+    found = interpreted[shape]
+    assert len(found) == (6, 4)[shape]
     for case, (value, lam, inserted) in found.items():
         assert value < 1e-6, case
         assert lam < 1e-6, case
@@ -261,5 +267,6 @@ def test_compiles_without_spills(assembled, dim, dtype, given, looks, capability
 
 
 if __name__ == "__main__":
+    gc.disable()  # a tenth of the time
     kernels._PART = 16  # more than one part of a sample
-    print(json.dumps(errors(*SHAPES[int(sys.argv[1])])))
+    print(json.dumps([errors(*shape) for shape in SHAPES]))

@@ -264,7 +264,7 @@ class Gaussians(pl.LightningModule):
         return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
 
     def configure_optimizers(self):
-        adam = torch.optim.Adam(self.parameters(), 4e-3)
+        adam = torch.optim.Adam(self.parameters(), 1e-2)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
         return [adam], [{"scheduler": schedule, "interval": "step"}]
 
@@ -274,10 +274,10 @@ def test_copies_rise_where_the_data_are_few(make_trainer, make_loader):
     shares = {}
     for n in (8, 5000):
         x = torch.randn(n, 6, generator=torch.Generator().manual_seed(99))
-        monitor = MemorizationMonitor(every_n_steps=1000, samples=64, steps=50, t_resume=())
-        sampler = RandomSampler(x, replacement=True, num_samples=128 * 1000)
-        trainer = make_trainer(monitor, max_steps=1000)
-        trainer.fit(Gaussians(1000), make_loader(x, batch_size=128, sampler=sampler))
+        monitor = MemorizationMonitor(every_n_steps=400, samples=64, steps=25, t_resume=())
+        sampler = RandomSampler(x, replacement=True, num_samples=128 * 400)
+        trainer = make_trainer(monitor, max_steps=400, log_every_n_steps=50)
+        trainer.fit(Gaussians(400), make_loader(x, batch_size=128, sampler=sampler))
         shares[n] = [entry["copies"] for entry in monitor.history]
     assert max(shares[8][0]) < 0.1
     assert min(shares[8][-1]) > 0.4

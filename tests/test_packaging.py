@@ -34,6 +34,7 @@ from importlib.resources import files
 
 from hydra import compose, initialize_config_module
 
+sys.modules["lightning"] = None  # half of the time, and no folder needs it to be imported
 modules = {name: importlib.import_module(name).__file__ for name in sys.argv[1:]}
 
 def yamls(folder, prefix=""):

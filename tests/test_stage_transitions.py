@@ -72,9 +72,9 @@ def gaussian(n, seed=0):
 def test_learning_by_heart_is_seen_and_learning_is_not_taken_for_it(fit):
     said, seed = {}, 1
     for n in (32, 20_000):
-        errors = VelocityErrorMonitor(every_n_steps=100, strata=12, queries=64, seed=seed)
+        errors = VelocityErrorMonitor(every_n_steps=40, strata=12, queries=64, seed=seed)
         events = StageTransitions()
-        fit(gaussian(n, seed), errors, events, steps=1000, model=Flow(seed=seed))
+        fit(gaussian(n, seed), errors, events, steps=400, model=Flow(lr=1e-2, seed=seed))
         said[n] = [event["kind"] for event in events.events]
     assert MEMORIZATION_ONSET in said[32]
     assert MEMORIZATION_ONSET not in said[20_000]

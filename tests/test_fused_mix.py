@@ -211,6 +211,7 @@ def interpreted():
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [0, 1])
 def test_as_the_exact_engine(interpreted, shape):
     found = interpreted[shape]

@@ -197,7 +197,7 @@ def truth(kind, dim, dtype, class_wise, times=TIMES):
         inside[:] = False
         for query, name in enumerate(names):
             inside[query, bank.segment(name)] = True
-    gaps = (xt[:, None] - t[:, None, None] * x).square().sum(2)
+    gaps = torch.stack([(xt - t[:, None] * row).square().sum(1) for row in x], 1)
     logits = (-gaps / (2 * (1 - t[:, None]) ** 2)).masked_fill(~inside, -torch.inf)
     gamma = torch.softmax(logits, 1)
     mean = gamma @ (x - bank.centre) + bank.centre

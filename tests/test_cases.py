@@ -1038,7 +1038,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["errors", "copies"])
+@pytest.mark.parametrize("kind", ["errors", pytest.param("copies", marks=pytest.mark.slow)])
 def test_a_compiled_module_is_refused_with_the_line_that_works(kind, run, compiled):
     """As no hook may be put inside."""
     _, came = cured(run, compiled, kind, loader, {}, but="call of the network was not")

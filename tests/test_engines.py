@@ -535,7 +535,7 @@ def far_from_collapsed():
 
 def test_the_bias_of_nearest_falls_with_its_draws():
     generator = torch.Generator().manual_seed(1)
-    bank = LatentBank(torch.randn(20_000, 3, generator=generator, dtype=torch.float64))
+    bank = LatentBank(torch.randn(4000, 3, generator=generator, dtype=torch.float64))
     x0 = torch.randn(6, 3, generator=generator, dtype=torch.float64)
     queries = queries_at(bank, 0.4 * bank.rows[:6] + 0.6 * x0, 0.4, 0.6)
     exact = Exact("float64").posterior(bank, queries, k=len(bank))

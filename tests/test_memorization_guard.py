@@ -142,8 +142,8 @@ def test_the_kept_checkpoint_goes_on_as_the_run_did(fit, weights, tmp_path):
         return guard, scheme
 
     through, scheme = make("through")
-    expected = weights(fit(32, through, scheme, steps=210))
-    assert through.onset["step"] < through.best["step"] < 210
+    expected = weights(fit(16, through, scheme, steps=160))
+    assert through.onset["step"] < through.best["step"] < 160
     # The event switches smoothing on.
     (change,) = scheme.transitions
     assert change["step"] == through.onset["step"]
@@ -155,7 +155,7 @@ def test_the_kept_checkpoint_goes_on_as_the_run_did(fit, weights, tmp_path):
     torch.save(kept, tmp_path / "older.ckpt")
     for name, file in (("again", through.best["file"]), ("older", tmp_path / "older.ckpt")):
         again, other = make(name)
-        resumed = fit(32, again, other, steps=210, ckpt_path=file)
+        resumed = fit(16, again, other, steps=160, ckpt_path=file)
         assert torch.equal(weights(resumed), expected)
         assert again.onset == through.onset
         assert other.transitions == scheme.transitions

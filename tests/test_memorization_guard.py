@@ -176,9 +176,9 @@ def switched():
 def test_nothing_is_learned_by_heart_before_rows_are_seen_twice(fit):
     """Held-out samples lie elsewhere: what training gains they lose, in the first steps at once."""
     guard = MemorizationGuard(**FEW, every_n_steps=10)
-    fit(6400, guard, steps=190, x=gaussian(6400) * torch.tensor([2, 1, 0.5, 0.2, 0.1, 0.05]))
+    fit(3200, guard, steps=95, x=gaussian(3200) * torch.tensor([2, 1, 0.5, 0.2, 0.1, 0.05]))
     assert guard.onset is None
-    assert guard.watch.lowest is None  # 64 rows a step: twice at step 200
+    assert guard.watch.lowest is None  # 64 rows a step: twice at step 100
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -217,14 +217,15 @@ def _read(name: str, package: str, distribution: str, file: str) -> np.ndarray:
 def _contrast(image: np.ndarray, patch: int) -> np.ndarray:
     """Standard deviation of every patch, averaged over the colours, for pixels in [-1, 1]."""
     # Integer moments over a summed-area table: exact, so a constant patch has contrast 0.
-    pixels = image.astype(np.int64)
-    n = patch * patch
-    variance = n * _window_sums(pixels**2, patch) - _window_sums(pixels, patch) ** 2
-    return np.sqrt(variance).mean(-1) / (n * 127.5)
+    n, total = patch * patch, np.float64(0)
+    for colour in np.moveaxis(image.astype(np.int64), -1, 0):
+        variance = n * _window_sums(colour**2, patch) - _window_sums(colour, patch) ** 2
+        total = total + np.sqrt(variance)
+    return total / image.shape[-1] / (n * 127.5)
 
 
 def _window_sums(values: np.ndarray, patch: int) -> np.ndarray:
-    """Sum of `(H, W, C)` over every patch x patch window, `(H - patch + 1, W - patch + 1, C)`."""
+    """Sum of `(H, W)` over every patch x patch window, `(H - patch + 1, W - patch + 1)`."""
     for axis in (0, 1):
         total = np.insert(values.cumsum(axis), 0, 0, axis=axis).swapaxes(0, axis)
         values = (total[patch:] - total[:-patch]).swapaxes(0, axis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ __all__ = ["in_eval_mode", "same_draws", "undisturbed"]
 _EMPTY = {str, bytes, int, float, complex, bool, type(None), CodeType, torch.dtype, torch.Size}
 """Types of values that refer to no others."""
 
-_OTHERS = {"builtins", "collections", "typing", "abc", "torch", "numpy", "torchmetrics"}
+_OTHERS = {"stagewise", "torch", "numpy", "torchmetrics", *sys.stdlib_module_names}
 _OTHERS |= {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 """Packages whose classes refer to no generator; their objects may."""
 
@@ -92,7 +93,8 @@ def _generators(roots: list[Any]) -> list[Any]:
             if id(names) not in seen:
                 seen.add(id(names))
                 ahead += [one for one in names.values() if type(one) in held]
-            ahead += [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)]
+            held_by = value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)
+            ahead += filter(None, held_by)
         # Long lists are the samples.
         elif not isinstance(value, (ModuleType, Tensor)) and not (
             (kind in (list, tuple, dict) and len(value) > 1000)

@@ -140,7 +140,7 @@ def run(make_trainer, weights):
     def run(module, callbacks, data=None, ckpt_path=None, **options):
         before = weights(module)
         pl.seed_everything(7, verbose=False)
-        trainer = make_trainer(*callbacks, **options)
+        trainer = make_trainer(*callbacks, **({"max_steps": 2} | options))
         error = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -1038,7 +1038,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["errors", "copies"])
+@pytest.mark.parametrize("kind", ["errors", pytest.param("copies", marks=pytest.mark.slow)])
 def test_a_compiled_module_is_refused_with_the_line_that_works(kind, run, compiled):
     """As no hook may be put inside."""
     _, came = cured(run, compiled, kind, loader, {}, but="call of the network was not")

@@ -158,12 +158,12 @@ def test_between_the_probes_nothing_waits(
     make_trainer, make_loader, make_data, tiny_flow, tmp_path, options, labelled
 ):
     monitors = [
-        PosteriorMonitor(every_n_steps=20, strata=4, queries=4),
-        VelocityErrorMonitor(every_n_steps=20, strata=4, queries=4),
-        MemorizationMonitor(every_n_steps=20, samples=4, steps=4),
+        PosteriorMonitor(every_n_steps=10, strata=4, queries=4),
+        VelocityErrorMonitor(every_n_steps=10, strata=4, queries=4),
+        MemorizationMonitor(every_n_steps=10, samples=4, steps=4),
         StageTransitions(),
     ]
-    x, labels = make_data(30 * 8, classes=3 if labelled else 0)
+    x, labels = make_data(15 * 8, classes=3 if labelled else 0)
     model = tiny_flow()
     model.validation_step = lambda batch, batch_idx: None
     syncs = HostSyncs(OURS)
@@ -171,19 +171,19 @@ def test_between_the_probes_nothing_waits(
     trainer = make_trainer(
         *monitors,
         marks,
-        max_steps=30,
-        log_every_n_steps=25,
+        max_steps=15,
+        log_every_n_steps=13,
         logger=CSVLogger(tmp_path),
         **options,
     )
     with syncs.counting():
         trainer.fit(model, make_loader(x, labels), make_loader(make_data(16)[0]))
-    # Probes of the model come after the first step and after the 20th, that of the data before
-    # them; after the 25th the training batches are logged, and after the last the model is probed.
+    # Probes of the model come after the first step and after the 10th, that of the data before
+    # them; after the 13th the training batches are logged, and after the last the model is probed.
     # After the eighth batch the noise of all so far is looked at, once.
-    expected = {0, 7, 19, 20, 24, 29}
+    expected = {0, 7, 9, 10, 12, 14}
     assert {batch for batch, places in marks.by_batch.items() if places} == expected, marks.by_batch
-    assert len(marks.by_batch) == 30
+    assert len(marks.by_batch) == 15
 
 
 VIEWS = {

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -71,6 +72,13 @@ def configuration(latents, run_dir, *overrides, experiment="imagenet256_sdvae_si
         f"data.latents.path={latents}",
     ]
     return composed(*places, *SMALL, *SMALL_NET, *overrides)
+
+
+@pytest.fixture
+def unevaluated(monkeypatch):
+    """What comes after a training is left out, where only what it wrote before is read."""
+    nothing = {"stages": [], "train_loss": math.nan, "held_out_loss": math.nan}
+    monkeypatch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: nothing)
 
 
 # -- configurations -------------------------------------------------------------------------------
@@ -162,6 +170,7 @@ def test_plain_is_the_published_training(tmp_path, experiment):
         assert found == OmegaConf.create(f"x: {value}").x, key
 
 
+@pytest.mark.usefixtures("unevaluated")
 def test_the_average_begins_at_the_initial_weights(tmp_path, latents):
     steps = ["callbacks=plain", "logger=csv", "trainer.max_steps=1", "module.lr=0.1"]
     config = configuration(latents, tmp_path, *steps)
@@ -177,8 +186,9 @@ def test_the_average_begins_at_the_initial_weights(tmp_path, latents):
 
 
 def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys, request):
-    # The figures of the errors are drawn in test_monitors_together.py.
-    all_of_them = ["callbacks=steer", *WATCHED, "+callbacks.errors.figures=0"]
+    # Figures of a training are drawn in test_monitors_together.py; here those of its end are.
+    figures = [f"+callbacks.{name}.figures=0" for name in ("monitor", "errors", "memorization")]
+    all_of_them = ["callbacks=steer", *WATCHED, *figures]
     steps = ["trainer.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1"]
     results = train(configuration(latents, tmp_path, *all_of_them, *steps))
     assert np.isfinite(results["train_loss"])
@@ -270,6 +280,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.usefixtures("unevaluated")
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, latents):
     steps = ["trainer.max_steps=1", "callbacks=plain", "logger=csv"]
     train(configuration(latents, tmp_path / "one", *steps))
@@ -305,6 +316,7 @@ def test_public_weights_want_the_scale_they_were_trained_at(
         resume.begin_with(module, tmp_path / "public.pt", data[1])
 
 
+@pytest.mark.usefixtures("unevaluated")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, latents, monkeypatch):
     steps = ["callbacks=plain", "callbacks.checkpoint.every_n_train_steps=1", "logger=csv"]
     train(configuration(latents, tmp_path, *steps, "trainer.max_steps=1"))
@@ -467,6 +479,7 @@ def test_two_ranks_with_a_sharded_bank_train_as_one(latents, on_one_and_two_rank
 # -- options --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unevaluated")
 def test_an_average_that_has_not_begun_is_not_taken(tmp_path, latents):
     # `ema=short` begins at step 100: until then the average is the untrained network.
     options = ["ema=short", "callbacks=plain", "logger=csv", "trainer.max_steps=3", "module.lr=0.1"]
@@ -486,6 +499,7 @@ def test_an_average_that_has_not_begun_is_not_taken(tmp_path, latents):
     assert all(abs(loss - 2) > 0.05 for loss in losses)
 
 
+@pytest.mark.usefixtures("unevaluated")
 def test_the_last_step_is_kept(tmp_path, latents):
     options = ["callbacks=plain", "callbacks.checkpoint.every_n_train_steps=2", "logger=csv"]
     train(configuration(latents, tmp_path, *options, "trainer.max_steps=3"))

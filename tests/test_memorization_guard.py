@@ -142,8 +142,8 @@ def test_the_kept_checkpoint_goes_on_as_the_run_did(fit, weights, tmp_path):
         return guard, scheme
 
     through, scheme = make("through")
-    expected = weights(fit(32, through, scheme, steps=210))
-    assert through.onset["step"] < through.best["step"] < 210
+    expected = weights(fit(16, through, scheme, steps=160))
+    assert through.onset["step"] < through.best["step"] < 160
     # The event switches smoothing on.
     (change,) = scheme.transitions
     assert change["step"] == through.onset["step"]
@@ -155,7 +155,7 @@ def test_the_kept_checkpoint_goes_on_as_the_run_did(fit, weights, tmp_path):
     torch.save(kept, tmp_path / "older.ckpt")
     for name, file in (("again", through.best["file"]), ("older", tmp_path / "older.ckpt")):
         again, other = make(name)
-        resumed = fit(32, again, other, steps=210, ckpt_path=file)
+        resumed = fit(16, again, other, steps=160, ckpt_path=file)
         assert torch.equal(weights(resumed), expected)
         assert again.onset == through.onset
         assert other.transitions == scheme.transitions
@@ -176,9 +176,9 @@ def switched():
 def test_nothing_is_learned_by_heart_before_rows_are_seen_twice(fit):
     """Held-out samples lie elsewhere: what training gains they lose, in the first steps at once."""
     guard = MemorizationGuard(**FEW, every_n_steps=10)
-    fit(6400, guard, steps=190, x=gaussian(6400) * torch.tensor([2, 1, 0.5, 0.2, 0.1, 0.05]))
+    fit(3200, guard, steps=95, x=gaussian(3200) * torch.tensor([2, 1, 0.5, 0.2, 0.1, 0.05]))
     assert guard.onset is None
-    assert guard.watch.lowest is None  # 64 rows a step: twice at step 200
+    assert guard.watch.lowest is None  # 64 rows a step: twice at step 100
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -30,7 +30,8 @@ def brute_force(bank, xt, t, path):
     """Posterior mean and weights in float64 from explicit differences."""
     x = bank.rows.double()
     alpha, sigma, *_ = path(t.double())
-    distance = torch.stack([(xt.double() - alpha[:, None] * row).square().sum(1) for row in x], 1)
+    asked = zip(xt.double(), alpha, strict=True)
+    distance = torch.stack([(one - a * x).square_().sum(1) for one, a in asked])
     weights = torch.softmax(-distance / (2 * sigma[:, None] ** 2), dim=1)
     return weights @ x, weights
 

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -110,10 +112,12 @@ def test_loaders(data):
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    def order(epoch, seed=0, before=0):
-        data = PhotoPatches(train_size=300, held_out_size=140, seed=seed)
+    cut = [PhotoPatches(train_size=300, held_out_size=140, seed=seed) for seed in (0, 1)]
+    for data in cut:
         data.setup()
-        loader = data.train_dataloader()
+
+    def order(epoch, seed=0, before=0):
+        loader = copy.copy(cut[seed]).train_dataloader()
         for _ in range(before):
             list(loader)
         loader.sampler.set_epoch(epoch)

@@ -41,8 +41,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(does not have many workers|is deprecated|num_workers)"),
 ]
 
-FEW = {"strata": 4, "queries": 6, "every_n_steps": 5}
-COPIES = {"samples": 4, "steps": 4, "every_n_steps": 5}
+FEW = {"strata": 4, "queries": 6, "every_n_steps": 3}
+COPIES = {"samples": 4, "steps": 4, "every_n_steps": 3}
 
 
 def guard():
@@ -59,7 +59,7 @@ KINDS = {
         VelocityErrorMonitor(**FEW),
         MemorizationMonitor(**COPIES),
         guard(),
-        Forecast(every_n_steps=5),
+        Forecast(every_n_steps=3),
         StageTransitions(),
     ],
     "mix": lambda: [StageScheme(target=Mix("boundary"))],
@@ -110,7 +110,7 @@ def trained(make_trainer):
         train, other = (
             TensorDataset(*(p[at] for p in parts)) for at in (slice(rows), slice(rows, None))
         )
-        trainer = make_trainer(*callbacks, max_steps=10, num_sanity_val_steps=0)
+        trainer = make_trainer(*callbacks, max_steps=6, num_sanity_val_steps=0)
         module = Module()
         trainer.fit(module, DataLoader(train, 64), *[DataLoader(other, 64)] * labelled)
         return module

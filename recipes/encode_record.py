@@ -140,6 +140,14 @@ class Record:
     def close_block(self, block: int) -> None:
         """Records that a block is on the disk."""
         rows = self.with_rows(block)
+        if not rows and self._blocks[block].get("number") is not None:
+            # Without its number the files of the blocks would have a gap.
+            raise ValueError(
+                f"None of the {len(self.indices(block))} pictures that were encoded before as one "
+                "block can be read, the first is "
+                f"{self.images.folder / self.images.files[self.indices(block)[0]]}. Put them back "
+                "and continue with --resume, or encode into another folder."
+            )
         number = self.number(block) if rows else None
         hashed = "" if number is None else file_hash(self._files_of(number, rows))
         self._blocks[block] |= {"number": number, "files": hashed}

@@ -335,6 +335,37 @@ def test_torchcfm_guided_takes_the_labels_and_is_steered_once():
     assert vars(matcher) == before
 
 
+_sample = cfm.ConditionalFlowMatcher.sample_location_and_conditional_flow
+_guided = Guided.guided_sample_location_and_conditional_flow
+
+
+@pytest.mark.parametrize(
+    ("prefix", "own"),
+    [
+        ("", lambda self, x0, x1, *args, **kw: _sample(self, x0, x1, *args, **kw)),
+        ("", lambda self, noise, data, time=None: _sample(self, noise, data, time)),
+        ("", lambda self, *args, **kw: _sample(self, *args, **kw)),
+        ("", lambda self, x0, x1, /, t=None, return_noise=False: _sample(self, x0, x1, t)),
+        ("guided_", lambda self, *args, **kw: _guided(self, *args, **kw)),
+        (
+            "guided_",
+            lambda self, noise, data, *labels_and_t: _guided(self, noise, data, *labels_and_t),
+        ),
+    ],
+)
+def test_torchcfm_methods_of_the_users_may_name_arguments_otherwise(prefix, own):
+    name, (x0, x1), found = f"{prefix}{PLAIN}", batch(), []
+    for kind in (Guided, type("Own", (Guided,), {name: own})):
+        matcher = kind(0.0)
+        maker = one_target_maker(matcher)
+        maker.attach(scheme_for(maker, target=Mix()))
+        torch.manual_seed(3)
+        t, *more = getattr(matcher, name)(x0, x1)
+        labels = (None, None) if prefix else ()
+        found.append((t, *more, *getattr(matcher, name)(x0, x1, *labels, 1 - t)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_torchcfm_noise_is_not_given_where_only_the_velocity_is_steered(guided):
     x0, x1 = batch()

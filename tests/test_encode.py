@@ -462,6 +462,29 @@ def test_pictures_that_cannot_be_read_any_more(run, images, tmp_path, kind):
     assert all(after[name] == before[name] for name in after.keys() - notes)
 
 
+def test_a_block_keeps_its_number_while_none_of_its_pictures_can_be_read(run, images, tmp_path):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(images, pictures)
+    run(pictures, out)
+    before = shards(out)
+    (out / "latents_rank00_shard001.safetensors").unlink()
+    data = {
+        file: file.read_bytes()
+        for name in find_images(pictures).files[4:8]
+        for file in [pictures / name]
+    }
+    for file in data:
+        file.write_bytes(b"no picture")
+    for _ in range(2):
+        said = refused(run, pictures, out, "--skip-broken", "--resume")
+        assert f"as one block can be read, the first is {next(iter(data))}. Put them back" in said
+    for file in data:
+        file.write_bytes(data[file])
+    run(pictures, out, "--skip-broken", "--resume")
+    after = shards(out)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -19,6 +19,7 @@ from stagewise import LatentBank
 from stagewise.latents import (
     Latents,
     convert,
+    lightningdit,
     make_latents,
     open_latents,
     write_latents,
@@ -313,6 +314,20 @@ def test_a_writer_that_was_stopped_goes_on(tmp_path):
     one, two = (open_latents(tmp_path / name) for name in ("whole", "parts"))
     torch.testing.assert_close(one.rows(0, 50), two.rows(0, 50), rtol=1e-6, atol=1e-6)
     assert one.labels.tolist() == two.labels.tolist() == y.tolist()
+
+
+def test_a_writer_copies_each_row_once(tmp_path, monkeypatch):
+    joined, copied = lightningdit._joined, []
+
+    def join(parts):
+        copied.extend(len(part["labels"]) for part in parts)
+        return joined(parts)
+
+    monkeypatch.setattr(lightningdit, "_joined", join)
+    z, y = draws(60, *SHAPE), torch.arange(60)
+    write_latents(tmp_path, [(z[:3], y[:3]), (z[3:], y[3:])], shard_size=7, dtype=torch.float64)
+    assert sum(copied) == 60
+    assert open_latents(tmp_path).labels.tolist() == y.tolist()
 
 
 def test_ranks_write_beside_one_another(tmp_path):

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stagewise.latents import convert, make_latents, open_latents, write_latents, write_stats
+from stagewise.latents.fast_dit import write_fast_dit
+from stagewise.latents.mar import write_mar
 from stagewise.latents.mean_std import write_mean_std
 
 SHAPE = (4, 4, 4)
@@ -307,9 +309,11 @@ def test_plain_files(tmp_path):
         ValueError, match=r"one floating-point array.*'a': 'torch.float32 \(20, 5\)"
     ):
         open_latents(tmp_path / "x.safetensors")
-    torch.save({"latents": draws(20, 5), "labels": torch.arange(19)}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="Expected `labels` as 20 integers"):
-        open_latents(tmp_path / "x.pt")
+    for labels, shape in ((torch.arange(19), "19,"), (torch.tensor(3), "")):
+        torch.save({"latents": draws(20, 5), "labels": labels}, tmp_path / "x.pt")
+        message = rf"Expected `labels` as 20 integers.* got torch.int64 \({shape}\)"
+        with pytest.raises(ValueError, match=message):
+            open_latents(tmp_path / "x.pt")
     np.save(tmp_path / "pictures.npy", np.zeros((20, 3, 8, 8), np.uint8))
     with pytest.raises(ValueError, match="one floating-point array"):
         open_latents(tmp_path / "pictures.npy")
@@ -378,3 +382,29 @@ def test_writers_refuse(tmp_path, shards):
         with pytest.raises(ValueError, match="Expected `duplicates`"):
             make_latents(tmp_path / "b", 3, SHAPE, format=kind, duplicates=3)
         assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("write", [write_fast_dit, write_mean_std, write_mar])
+def test_writers_of_a_file_for_each_row_refuse(tmp_path, write):
+    z, twice = draws(5, 8, 2, 2), write is write_mar
+
+    def batch(labels, flips=5):
+        return (z, z[:flips], labels) if twice else (z, labels)
+
+    wrong = [(batch(torch.arange(3)), "5 and 3"), (batch(torch.arange(9)), "5 and 9")]
+    wrong += [(batch(torch.arange(5), 2), "5 and 2 and 5")] * twice
+    for other, lengths in wrong:
+        with pytest.raises(ValueError, match=f"one length.* {lengths} in the batch from row 5 on"):
+            write(tmp_path / "x", [batch(torch.arange(5)), other])
+    with pytest.raises(ValueError, match="got none"):
+        write(tmp_path / "empty", [])
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["vae-sd", "x.zip"])
+def test_labels_of_some_rows_are_refused(tmp_path, name):
+    z = draws(5, 8, 2, 2)
+    batches = [(z, None), (z, torch.arange(5))]
+    for some, found in ((batches, "labels"), (batches[::-1], "none")):
+        with pytest.raises(ValueError, match=f"all rows or for none, got {found} from row 5 on"):
+            write_mean_std(tmp_path / name, some)

@@ -17,7 +17,6 @@ a network may be trained on, is refused if the scheme mixes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -133,33 +132,50 @@ class TorchCFM(TargetMaker):
                 steered = steered + expand_like(scheme.last.lam.to(u), u) * (known - u)
             return steered
 
-        def wrap(plain: Any) -> Callable[..., Any]:
-            signature = inspect.signature(plain)
+        def wrap(name: str) -> Callable[..., Any]:
+            plain: Any = getattr(matcher, name)
 
             def sample(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
                 nonlocal inside
                 if inside:
                     return plain(*args, **kwargs)
-                call = signature.bind(*args, **kwargs)
-                given = call.arguments
-                if mixing and given.get("return_noise"):
+                x0, x1, labels, t, rest, more = _ARGUMENTS[name](*args, **kwargs)
+                if mixing and (any(rest[:1]) or more.get("return_noise")):
                     raise ValueError(
                         f"{self.name} was called with return_noise=True, but the scheme changes "
                         "only the velocity: a network that is trained on the noise would not be "
                         "steered. Call it without return_noise and train on the velocity."
                     )
-                given["x1"], given["t"] = draw(given["x0"], given["x1"], given.get("t"))
+                x1, t = draw(x0, x1, t)
                 inside = True
                 try:
-                    t, xt, u, *rest = plain(**given)
+                    # By position: a method of the user's may have other names.
+                    t, xt, u, *others = plain(x0, x1, *labels, t, *rest, **more)
                 finally:
                     inside = False
-                return (t, xt, target(u, t, xt, given["x1"], given.get("y1")), *rest)
+                return (t, xt, target(u, t, xt, x1, labels[1] if labels else None), *others)
 
             return sample
 
-        methods = (name for name in (_PLAIN, _GUIDED) if hasattr(matcher, name))
-        return chained(*(rebind(matcher, name, wrap(getattr(matcher, name))) for name in methods))
+        methods = (name for name in _ARGUMENTS if hasattr(matcher, name))
+        return chained(*(rebind(matcher, name, wrap(name)) for name in methods))
+
+
+def _plain_arguments(x0: Any, x1: Any, t: Any = None, *rest: Any, **more: Any) -> tuple[Any, ...]:
+    return x0, x1, (), t, rest, more
+
+
+def _guided_arguments(
+    x0: Any, x1: Any, y0: Any = None, y1: Any = None, t: Any = None, *rest: Any, **more: Any
+) -> tuple[Any, ...]:
+    return x0, x1, (y0, y1), t, rest, more
+
+
+_ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    _PLAIN: _plain_arguments,
+    _GUIDED: _guided_arguments,
+}
+"""Of torchcfm's methods: noise, data, labels, t and what follows."""
 
 
 def _classes(matcher: Any) -> set[str]:

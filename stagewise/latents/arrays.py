@@ -217,7 +217,7 @@ def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
     """Labels of `rows` rows, (N,) or (N, 1) whole numbers of any type, as int64, (N,)."""
     expected = f"Expected {name} as {rows} integers, {name} of shape {(rows,)} in {path}, got"
     if labels.shape not in ((rows,), (rows, 1)):
-        if len(labels) == rows and is_one_hot(labels[:64].float()):
+        if labels.shape[:1] == (rows,) and is_one_hot(labels[:64].float()):
             raise Problem(
                 f"{expected} one-hot rows, {tuple(labels.shape)}. Write their class numbers: "
                 "labels.argmax(1)."

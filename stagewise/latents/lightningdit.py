@@ -327,14 +327,16 @@ def _shards(
                 f"Expected latents of shape {shape} as in the batches before, got "
                 f"{tuple(part['latents'].shape[1:])}."
             )
-        passed = min(skip, len(part["labels"]))
-        skip, count = skip - passed, count + len(part["labels"]) - passed
-        held.append({name: value[passed:] for name, value in part.items()})
-        while count >= size:
-            whole = _joined(held)
-            yield {name: value[:size] for name, value in whole.items()}
-            held, count = [{name: value[size:] for name, value in whole.items()}], count - size
-    if count:
+        at, rows = min(skip, len(part["labels"])), len(part["labels"])
+        skip -= at
+        while at < rows:  # each row is copied once, also from a batch of many shards
+            end = min(rows, at + size - count)
+            held.append({name: value[at:end] for name, value in part.items()})
+            at, count = end, count + end - at
+            if count == size:
+                yield _joined(held)
+                held, count = [], 0
+    if held:
         yield _joined(held)
 
 

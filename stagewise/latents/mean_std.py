@@ -232,6 +232,12 @@ def _write_rows(
     """Writes the rows of batches; returns their names and labels."""
     listed: list[tuple[str, int | None]] = []
     for row, (moments, label) in each_row(batches):
+        if listed and (label is None) != (listed[0][1] is None):
+            raise ValueError(
+                "Expected labels for all rows or for none, got "
+                f"{'none' if label is None else 'labels'} from row {row} on, unlike before. Give "
+                "(moments, labels) in every batch, or (moments, None) in every batch."
+            )
         save(file_name(row), moments.cpu())
         listed.append((file_name(row), None if label is None else int(label)))
     return listed

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +111,20 @@ class PerFile(Latents):
 
 def each_row(blocks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
     """Number and `(*arrays, label)` of each row of blocks `(*arrays, labels or None)`."""
-    return enumerate(
-        row
-        for *arrays, labels in blocks
-        for row in zip(*arrays, repeat(None) if labels is None else labels, strict=False)
-    )
+    count = 0
+    for *arrays, labels in blocks:
+        parts = [*arrays, [None] * len(arrays[0]) if labels is None else labels]
+        lengths = [len(part) for part in parts]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                "Expected one length for the arrays and labels of a batch, got "
+                f"{' and '.join(map(str, lengths))} in the batch from row {count} on. Give "
+                "each row one label: (latents[:n], labels[:n])."
+            )
+        yield from enumerate(zip(*parts, strict=True), count)
+        count += lengths[0]
+    if not count:
+        raise ValueError("Expected batches of latents, got none.")
 
 
 def sizes_in(folders: Iterable[Path], suffix: str) -> dict[str, int]:

@@ -141,9 +141,15 @@ def test_the_kept_checkpoint_goes_on_as_the_run_did(fit, weights, tmp_path):
         scheme = StageScheme(switched(), dirpath=tmp_path / f"{folder}-scheme")
         return guard, scheme
 
+    class Saves(pl.Callback):  # between the two probes that show the onset
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 40:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
     through, scheme = make("through")
-    expected = weights(fit(16, through, scheme, steps=160))
-    assert through.onset["step"] < through.best["step"] < 160
+    expected = weights(fit(16, through, scheme, Saves(), steps=160))
+    assert through.history[2]["step"] < 40 < through.onset["step"] < through.best["step"] < 160
+    assert through.onset["step"] == through.history[3]["step"]
     # The event switches smoothing on.
     (change,) = scheme.transitions
     assert change["step"] == through.onset["step"]
@@ -153,7 +159,8 @@ def test_the_kept_checkpoint_goes_on_as_the_run_did(fit, weights, tmp_path):
     state = kept["callbacks"][through.state_key]
     state["history"].remove(state["onset"])  # as an older version has it
     torch.save(kept, tmp_path / "older.ckpt")
-    for name, file in (("again", through.best["file"]), ("older", tmp_path / "older.ckpt")):
+    files = {name: tmp_path / f"{name}.ckpt" for name in ("early", "older")}
+    for name, file in (files | {"again": through.best["file"]}).items():
         again, other = make(name)
         resumed = fit(16, again, other, steps=160, ckpt_path=file)
         assert torch.equal(weights(resumed), expected)

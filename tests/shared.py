@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -257,6 +258,27 @@ class Pair:
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.log.close()
+
+
+def _begin(variables, run, arguments):
+    os.environ.update(variables)
+    torch.set_num_threads(1)  # a fork has none of the threads of OpenMP
+    run(*arguments)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """`forked(run, *arguments, RANK="0")`: a process that does this, with what is imported here.
+
+    Its exit code is that of any process, and `capfd` reads what it says.
+    """
+
+    def start(run, *arguments, **variables):
+        process = get_context("fork").Process(target=_begin, args=(variables, run, arguments))
+        process.start()
+        return process
+
+    return start
 
 
 PRELUDE = (Path(__file__).parent / "rank_script.py").read_text()

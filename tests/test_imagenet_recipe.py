@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import re
 import signal
@@ -75,13 +74,6 @@ def configuration(latents, run_dir, *overrides, experiment="imagenet256_sdvae_si
         f"data.latents.path={latents}",
     ]
     return composed(*places, *SMALL, *SMALL_NET, *overrides)
-
-
-@pytest.fixture
-def unevaluated(monkeypatch):
-    """What comes after a training is left out, where only what it wrote before is read."""
-    nothing = {"stages": [], "train_loss": math.nan, "held_out_loss": math.nan}
-    monkeypatch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: nothing)
 
 
 # -- configurations -------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ from itertools import count
 from pathlib import Path
 
 import numpy
+import shared  # noqa: F401 - before the fork, with all that tests import
 import torch.distributed
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-import stagewise.callbacks  # noqa: F401 - before the fork
 
 folder, parent = Path(sys.argv[1]), os.getpid()
 store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -4,20 +4,16 @@ import json
 import os
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
+from shared import undrawn  # noqa: F401 - scripts use it
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise.callbacks import writer
 from stagewise.losses import FlowMatchingLoss
 
 out, devices = Path(sys.argv[1]), int(sys.argv[2])
 rank = int(os.environ.get("RANK", 0))
-# Drawing would take most of the time.
-undrawn = patch.object(writer, "render", lambda _: np.zeros((2, 3, 3), dtype=np.uint8))
 
 
 class Flow(pl.LightningModule):

@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -259,6 +260,27 @@ class Pair:
         self.log.close()
 
 
+def _begin(variables, run, arguments):
+    os.environ.update(variables)
+    torch.set_num_threads(1)  # a fork has none of the threads of OpenMP
+    run(*arguments)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """`forked(run, *arguments, RANK="0")`: a process that does this, with what is imported here.
+
+    Its exit code is that of any process, and `capfd` reads what it says.
+    """
+
+    def start(run, *arguments, **variables):
+        process = get_context("fork").Process(target=_begin, args=(variables, run, arguments))
+        process.start()
+        return process
+
+    return start
+
+
 PRELUDE = (Path(__file__).parent / "rank_script.py").read_text()
 
 
@@ -312,6 +334,17 @@ def reports_of():
     ]
 
 
+def nothing(*_, **__):
+    """What is found of a training that is not evaluated."""
+    return {"stages": [], "train_loss": math.nan, "held_out_loss": math.nan}
+
+
+@pytest.fixture
+def unevaluated(monkeypatch):
+    """What comes after a training is left out, where only what it wrote before is read."""
+    monkeypatch.setattr("stagewise.recipes.train.evaluate", nothing)
+
+
 TINY_RUN = [
     *("name=tiny", "data.patch=8", "data.train_size=70", "data.held_out_size=14"),
     *("data.batch_size=16", "net.hidden_size=16", "net.depth=1", "net.num_heads=2"),
@@ -334,8 +367,7 @@ def train_tiny():
 
     def make(folder, *overrides):
         with pytest.MonkeyPatch.context() as patch:
-            nothing = {"stages": [], "train_loss": math.nan, "held_out_loss": math.nan}
-            patch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: nothing)
+            patch.setattr("stagewise.recipes.train.evaluate", nothing)
             with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
                 train(compose("train", [*TINY_RUN, f"run_dir={folder}", *overrides]))
         return folder
@@ -365,14 +397,23 @@ def quick_intervals(request, monkeypatch):
         monkeypatch.setitem(StageCurve.boundary.__kwdefaults__, "replicates", 20)
 
 
-@pytest.fixture
-def quick_figures(monkeypatch):
+@contextmanager
+def undrawn():
     """Pictures stay empty; drawing them would take most of the time of a small run."""
-    for module in (figures, velocity_figures):
-        for name in module.__all__:
-            if name.endswith(("_figure", "_heatmap")):
-                monkeypatch.setattr(module, name, lambda *_: Figure())
-    monkeypatch.setattr(writer, "render", lambda _: np.zeros((2, 3, 3), dtype=np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (figures, velocity_figures):
+            for name in module.__all__:
+                if name.endswith(("_figure", "_heatmap")):
+                    patch.setattr(module, name, lambda *_: Figure())
+        patch.setattr(writer, "render", lambda _: np.zeros((2, 3, 3), dtype=np.uint8))
+        yield
+
+
+@pytest.fixture
+def quick_figures():
+    """The same for a test."""
+    with undrawn():
+        yield
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 
@@ -698,22 +696,9 @@ def test_latents_that_are_not_finite(run, images, tmp_path, vae, monkeypatch):
 MANY = ("--num-workers", 2, "--shard-size", 20, "--resume")
 
 
-def start(images, out, vae, *launch):
-    usual = ["--vae", vae, "--size", SIZE, "--batch-size", 3, "--device", "cpu", *MANY]
-    arguments = [*launch, "-m", "stagewise.recipes.encode", images, out, *usual]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.mark.slow
-def test_killed_and_on_two_ranks(run, vae, tmp_path, capsys):
-    """A process that is killed among its shards, and two under torchrun, against a whole run."""
+def test_killed_and_on_two_ranks(run, forked, tmp_path, capfd):
+    """A process that is killed among its shards, and two ranks at once, against a whole run."""
     images = tmp_path / "images"
     for index in range(200):
         name = images / f"{index % 4}"
@@ -721,24 +706,27 @@ def test_killed_and_on_two_ranks(run, vae, tmp_path, capsys):
         Image.fromarray(pixels(index, 40, 50)).save(name / f"{index:03d}.png")
     whole, out, two = (tmp_path / name for name in ("whole", "out", "two"))
     run(images, whole, *MANY)
-    assert capsys.readouterr().out.strip().endswith(f"stagewise profile {whole}")
+    assert capfd.readouterr().out.strip().endswith(f"stagewise profile {whole}")
 
-    process = start(images, out, vae)
+    process = forked(run, images, out, *MANY)
     deadline = time.monotonic() + 120
     while len(list(out.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert 2 <= len(list(out.glob("*.safetensors"))) < 10
     assert not (out / "latents_stats.pt").exists()
     run(images, out, *MANY)
-    assert capsys.readouterr().out.strip().endswith(f"stagewise profile {out}")
+    assert capfd.readouterr().out.strip().endswith(f"stagewise profile {out}")
     assert content(out) == content(whole)
 
-    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    process = start(images, two, vae, *launch, "--nproc-per-node=2")
-    said = process.communicate(timeout=180)[0]
-    assert process.returncode == 0, said
+    ranks = [
+        forked(run, images, two, *MANY, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2") for rank in "01"
+    ]
+    for process in ranks:
+        process.join(180)
+    said = capfd.readouterr().out
+    assert [process.exitcode for process in ranks] == [0, 0], said
     assert f"stagewise profile {two}" in said
     ours, theirs = shards(whole), shards(two)
     for name, value in ours.items():

@@ -2,10 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
+from hydra import compose, initialize_config_module
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from stagewise.recipes.module import FlowMatchingModule
+from stagewise.recipes.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +47,8 @@ def fit(fails, *callbacks):
         fails.trainer = trainer
     start = time.perf_counter()
     try:
-        trainer.fit(Flow(0.1), loader(samples(40), 4))
+        with undrawn():
+            trainer.fit(Flow(0.1), loader(samples(40), 4))
         raised = "nothing"
     except Exception as error:
         raised = f"{type(error).__name__}: {error}"
@@ -54,7 +60,6 @@ def velocity(module, xt, t, labels):
     return module.net(torch.cat([xt, t[:, None]], 1))
 
 
-undrawn.start()
 small = {"every_n_steps": 4}
 few = small | {"strata": 4, "queries": 4}
 found = {}
@@ -93,7 +98,6 @@ for name, monitor in (
 for kind in (VelocityErrorMonitor, MemorizationMonitor, PosteriorMonitor):
     found[f"{kind.__name__} folder"] = fit(None, kind(dirpath=out / "file" / "folder"))
 
-undrawn.stop()
 report(found)
 """
 
@@ -140,41 +144,46 @@ def test_a_folder_that_only_the_first_rank_would_write(reports, kind):
     assert second == "ValueError: Another process failed in writing its files; see its message."
 
 
-KILLER = """
-import os, signal
-from lightning.pytorch import Callback
+def _on_a_rank(until, *options):
+    """Trains on the rank of the environment, and kills the second one in a step."""
 
-
-class Killer(Callback):
-    def on_before_optimizer_step(self, trainer, *_):
-        if trainer.global_step == 7 and trainer.global_rank == 1:
+    def kill(module, optimizer):
+        if (module.global_step, module.global_rank) == (until, 1):
             os.kill(os.getpid(), signal.SIGKILL)
-"""
+
+    rank_zero_only.rank = int(os.environ["LOCAL_RANK"])
+    FlowMatchingModule.on_before_optimizer_step = kill
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
+        train(compose("train", options))
 
 
-def test_the_survivor_of_a_dead_rank_says_how_to_go_on(tmp_path):
-    (tmp_path / "killer.py").write_text(KILLER)
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        *(sys.executable, "-m", "stagewise.recipes.train", "experiment=photos", "name=test"),
+@pytest.mark.usefixtures("unevaluated")
+def test_the_survivor_of_a_dead_rank_says_how_to_go_on(tmp_path, forked, capfd):
+    options = [
+        *("experiment=photos", "name=test", "data.patch=8", f"run_dir={tmp_path / 'run'}"),
         *("data.train_size=280", "data.held_out_size=70", "data.batch_size=16"),
         *("net.hidden_size=32", "net.depth=1", "trainer.enable_progress_bar=false"),
         *("~callbacks.progress", "~callbacks.memorization", "callbacks.monitor.queries=8"),
-        *("callbacks.errors.every_n_steps=4", "callbacks.errors.queries=4", "evaluation.steps=2"),
-        "+callbacks.errors.figures=0",
-        *("evaluation.queries=64", "evaluation.samples_per_class=1", "trainer.max_steps=9"),
-        *("trainer.devices=2", "trainer.strategy=ddp", f"run_dir={tmp_path / 'run'}"),
-        *("+callbacks.checkpoint.every_n_train_steps=2", f"hydra.run.dir={tmp_path / 'hydra'}"),
+        *("callbacks.errors.every_n_steps=4", "callbacks.errors.queries=4"),
+        *("+callbacks.monitor.figures=0", "+callbacks.errors.figures=0", "logger=csv"),
+        *("trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=9"),
+        "+callbacks.checkpoint.every_n_train_steps=2",
     ]
 
-    def run(*more):
-        return subprocess.run([*command, *more], env=env, capture_output=True, text=True)
+    def run(until, *more):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+        ranks = [
+            forked(_on_a_rank, until, *options, *more, LOCAL_RANK=rank, **place) for rank in "01"
+        ]
+        for process in ranks:
+            process.join()
+        return [process.exitcode for process in ranks], capfd.readouterr().err
 
-    cut = run("+callbacks.killer._target_=killer.Killer")
-    assert cut.returncode != 0
-    assert f"To continue from last.ckpt: run_dir={tmp_path / 'run'} resume=true" in cut.stderr
-    resumed = run("resume=true")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    codes, said = run(7)
+    assert codes == [1, -signal.SIGKILL]
+    assert f"To continue from last.ckpt: run_dir={tmp_path / 'run'} resume=true" in said
+    codes, said = run(None, "resume=true")
+    assert codes == [0, 0], said[-3000:]
     lines = (tmp_path / "run/errors/stages.jsonl").read_text().splitlines()
     windows = [e for e in map(json.loads, lines) if e["event"] == "training_window"]
     said = "from step 4 to 6, where training was resumed, draws of one process of 2 are counted"

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ import stagewise.recipes.conf
 from stagewise.latents import make_latents, open_latents
 from stagewise.recipes import resume, sample
 from stagewise.recipes.latents import LatentsData
+from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.train import train
 
 FOLDER = Path(stagewise.recipes.conf.__file__).parent
@@ -45,6 +45,8 @@ SMALL = [
     "evaluation.steps=1",
 ]
 WATCHED = [
+    *(f"+callbacks.{part}.figures=0" for part in ("monitor", "errors", "memorization")),
+    *("callbacks.monitor.strata=4", "callbacks.errors.strata=4"),
     "callbacks.monitor.queries=4",
     "callbacks.errors.queries=2",
     "callbacks.memorization.samples=2",
@@ -72,13 +74,6 @@ def configuration(latents, run_dir, *overrides, experiment="imagenet256_sdvae_si
         f"data.latents.path={latents}",
     ]
     return composed(*places, *SMALL, *SMALL_NET, *overrides)
-
-
-@pytest.fixture
-def unevaluated(monkeypatch):
-    """What comes after a training is left out, where only what it wrote before is read."""
-    nothing = {"stages": [], "train_loss": math.nan, "held_out_loss": math.nan}
-    monkeypatch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: nothing)
 
 
 # -- configurations -------------------------------------------------------------------------------
@@ -340,52 +335,36 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, latents, monkeypatch):
 
 # -- killed ---------------------------------------------------------------------------------------
 
-KILLER = """
-import os
-import signal
 
-from lightning.pytorch import Callback
-
-
-class Killer(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == self.step:
+def _trained_until(step, config):
+    def kill(module, optimizer):
+        if module.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-"""
+
+    FlowMatchingModule.on_before_optimizer_step = kill  # in a process of its own
+    train(config)
 
 
-def _killed_and_resumed(tmp_path, latents, net, steps, killed_at, every):
-    (tmp_path / "killer.py").write_text(KILLER)
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+def _killed_and_resumed(forked, tmp_path, latents, net, steps, killed_at, every):
+    options = [
+        *("experiment=imagenet256_sdvae_sit_s", f"data.latents.path={latents}", "name=test"),
+        *("callbacks=steer", *SMALL, *WATCHED, *net, f"trainer.max_steps={steps}"),
+        *("data.num_workers=1", f"callbacks.checkpoint.every_n_train_steps={every}"),
+    ]
 
-    def run(name, *more):
-        command = [
-            *(sys.executable, "-m", "stagewise.recipes.train"),
-            *(
-                "experiment=imagenet256_sdvae_sit_s",
-                f"data.latents.path={latents}",
-                "callbacks=steer",
-            ),
-            *(*SMALL, *net, *WATCHED, f"run_dir={tmp_path / name}", f"trainer.max_steps={steps}"),
-            *(f"hydra.run.dir={tmp_path / 'hydra'}", "data.num_workers=1"),
-            *(f"+callbacks.{part}.figures=0" for part in ("monitor", "errors", "memorization")),
-            *(f"callbacks.checkpoint.every_n_train_steps={every}", *more),
-        ]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
+    def run(name, *more, until=None):
+        config = composed(*options, f"run_dir={tmp_path / name}", *more)
+        process = forked(_trained_until, until, config)
+        process.join()
+        return process.exitcode
 
-    whole = run("whole")
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    kill = ["+callbacks.killer._target_=killer.Killer", f"+callbacks.killer.step={killed_at}"]
-    assert run("cut", *kill).returncode == -signal.SIGKILL
+    assert run("whole") == 0
+    assert run("cut", until=killed_at) == -signal.SIGKILL
     last = tmp_path / "cut/checkpoints/last.ckpt"
     step = torch.load(last, weights_only=True)["global_step"]
     assert 0 < step <= killed_at
     assert killed_at - step < every
-    resumed = run("cut", "resume=true")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert run("cut", "resume=true") == 0
     one, other = (
         torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
         for name in ("whole", "cut")
@@ -410,16 +389,19 @@ def _killed_and_resumed(tmp_path, latents, net, steps, killed_at, every):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_an_epoch_and_resumed(tmp_path, latents):
-    # 90 batches an epoch: the run is in its second one, and in workers, when it is killed.
-    _killed_and_resumed(tmp_path, latents, SMALL_NET, 100, 97, 4)
+@pytest.mark.usefixtures("unevaluated")
+def test_killed_in_the_middle_of_an_epoch_and_resumed(tmp_path, latents, forked):
+    # 15 batches an epoch: the run is in its second one, and in workers, when it is killed.
+    few = [*SMALL_NET, "data.held_out=340"]
+    _killed_and_resumed(forked, tmp_path, latents, few, 26, 23, 4)
 
 
 @pytest.mark.slow
-def test_blocks_of_sit_s_are_killed_resumed_and_sampled(tmp_path):
+@pytest.mark.usefixtures("unevaluated")
+def test_blocks_of_sit_s_are_killed_resumed_and_sampled(tmp_path, forked):
     # All its widths; the next block is like the one before. `make demo-latents` trains all twelve.
     latents = make_latents(tmp_path / "made", 400, (4, 32, 32), 10)
-    _killed_and_resumed(tmp_path, latents, ["net.depth=2"], 3, 2, 1)
+    _killed_and_resumed(forked, tmp_path, latents, ["net.depth=2"], 3, 2, 1)
     places = [str(tmp_path / "cut"), "--out", str(tmp_path / "samples")]
     sample.run(sample.parse([*places, "--count", "20", "--steps", "2"]))
     with np.load(tmp_path / "samples/latents.npz", allow_pickle=False) as made:

@@ -59,7 +59,7 @@ listen = Listen()
 part = PosteriorMonitor(every_n_steps=100, strata=4, queries=2, dirpath=out / f"part{rank}")
 rows = []
 part.on_train_end = lambda *_: rows.append(len(part.oracle.bank))
-with undrawn:
+with undrawn():
     plain = fit(Listen())
     watched = fit(listen, monitor, beside, logger=CSVLogger(out, "csv"))
     fit(part, shuffle=False, sampler=SubsetRandomSampler(range(0, 80, 2)))

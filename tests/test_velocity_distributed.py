@@ -37,7 +37,7 @@ all_of_them = (
     PosteriorMonitor(**few, name="a"), VelocityErrorMonitor(**few, name="b"),
     MemorizationMonitor(every_n_steps=3, samples=6, steps=5), StageTransitions(name="c"),
 )
-with undrawn:
+with undrawn():
     fit(errors_short, events, errors, logger=CSVLogger(out, "csv", version=""))
     plain, watched = fit(lr=0.1), fit(*all_of_them, lr=0.1)
 report({"events": errors.events, "heard": heard, "plain": plain, "watched": watched})

@@ -647,7 +647,7 @@ def train(*callbacks):
 
 options = {"strata": 4, "queries": 4, "every_n_steps": 2}
 posterior, error = PosteriorMonitor(**options), VelocityErrorMonitor(**options)
-with undrawn:
+with undrawn():
     (plain, _), (watched, logs) = train(), train(posterior, error)
 states = zip(plain.state_dict().values(), watched.state_dict().values())
 same = [torch.equal(*pair) for pair in states]

@@ -181,9 +181,7 @@ def test_the_average_begins_at_the_initial_weights(tmp_path, latents):
 
 
 def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys, request):
-    # Figures of a training are drawn in test_monitors_together.py; here those of its end are.
-    figures = [f"+callbacks.{name}.figures=0" for name in ("monitor", "errors", "memorization")]
-    all_of_them = ["callbacks=steer", *WATCHED, *figures]
+    all_of_them = ["callbacks=steer", *WATCHED]
     steps = ["trainer.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1"]
     results = train(configuration(latents, tmp_path, *all_of_them, *steps))
     assert np.isfinite(results["train_loss"])

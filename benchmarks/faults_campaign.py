@@ -142,6 +142,7 @@ class Campaign:
         process = os.fork()
         if process == 0:
             _run_and_exit(run, self.place, self.out)
+        os.setpgid(process, process)  # by the fork too: it may be killed before it has begun
         began = time.monotonic()
         found, status = 0, 0
         while not found:

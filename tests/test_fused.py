@@ -159,6 +159,7 @@ def interpreted():
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_pull_against_float64(interpreted, way):
     cases = [case for case in interpreted if case.endswith(f" {way}")]

@@ -183,6 +183,7 @@ def test_every_folder_is_a_package(folder):
     assert not bare, f"These need an __init__.py: {sorted(bare)}"
 
 
+@pytest.mark.slow
 def test_floor_one_stands_alone():
     paths = [path.relative_to(ROOT) for path in (ROOT / "stagewise").rglob("*.py")]
     modules = sorted(".".join(path.with_suffix("").parts) for path in paths)

@@ -357,6 +357,7 @@ def test_bf16_mixed(fit, bank):
     torch.testing.assert_close(u, conditional + 0.7 * oracle, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_changes_do_not_recompile_the_network(fit, bank):
     compiled = []
 

@@ -541,7 +541,7 @@ class NoGrad(Step):
         (Manual, {}),
         (NoGrad, {}),
         (Step, {"accumulate_grad_batches": 2}),
-        (lambda: torch.compile(Step(), backend="eager"), {}),
+        pytest.param(*(lambda: torch.compile(Step(), backend="eager"), {}), marks=pytest.mark.slow),
     ],
     ids=["chunks", "inside", "manual", "no grad", "accumulated", "compiled"],
 )

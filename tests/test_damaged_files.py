@@ -242,7 +242,7 @@ def test_cut_or_flipped(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_or_flipped_anywhere(tmp_path, kind):
     (tmp_path / "x").mkdir()
-    campaign(kind, tmp_path / "x", cuts=80, flips=320)
+    campaign(kind, tmp_path / "x", cuts=200, flips=800)
 
 
 @pytest.mark.parametrize("kind", ["bank", "certificate", "smoothing", "shard", "safetensors"])

@@ -124,8 +124,8 @@ def corners():
         x = torch.randn(107, dim, generator=generator)
         x[20:60] = x[20] + spread * torch.randn(40, dim, generator=generator)
         bank = LatentBank(x)
-        x1 = bank.take(torch.arange(20, 24))
-        t = torch.tensor([1 - 1e-5, 1.0], dtype=torch.float64).repeat(2)
+        x1 = bank.take(torch.arange(20, 32))
+        t = torch.tensor([1 - 1e-5, 1.0], dtype=torch.float64).repeat(6)
         xt = t[:, None] * x1 + (1 - t[:, None]) * torch.randn(x1.shape, generator=generator)
         queries = Oracle(bank, engine=exact).queries(xt, t)
         expected, post = exact.posterior(bank, queries), all_rows.posterior(bank, queries, 1, 1e-4)
@@ -163,7 +163,7 @@ def interpreted():
 @pytest.mark.parametrize("way", WAYS)
 def test_pull_against_float64(interpreted, way):
     cases = [case for case in interpreted if case.endswith(f" {way}")]
-    assert len(cases) == len(DTYPES)
+    assert len(cases) == 2 * len(DTYPES)
     for case, t in product(cases, map(str, TIMES)):
         pull, weights, missed = interpreted[case][t]
         # Logits of rows that do not lead are those of a product, which an `rtol` of 1e-4 allows.
@@ -375,9 +375,10 @@ if __name__ == "__main__":
     all_rows.LEADING, products._LONG = 16, 32
     corners()
     along_paths()
-    # Each pair of dtype and way once, and each way with three of the dimensions.
+    # With small and with large dimensions, each pair of dimension, dtype and way once.
     found = {}
-    for turn, (i, j) in enumerate(product(range(len(DTYPES)), range(len(WAYS)))):
-        case = DIMS[(i + j) % len(DIMS)], DTYPES[i], WAYS[j]
-        found["{} {} {}".format(*case)] = errors(*case, turn)
+    for dims in (DIMS[:2], DIMS[2:]):
+        for turn, (i, j) in enumerate(product(range(len(DTYPES)), range(len(WAYS)))):
+            case = dims[(i + j) % len(dims)], DTYPES[i], WAYS[j]
+            found["{} {} {}".format(*case)] = errors(*case, turn)
     print(json.dumps(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
@@ -75,37 +76,44 @@ class RowReader:
             generator=torch.Generator().manual_seed(seed),
         )
         read, first = iter(reader), None
-        for places in batches:
-            span = f"{places[0]} to {places[-1]}"
-            try:
-                batch = next(read)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"The training set cannot be read in its own order, samples {span}: "
-                    f"{str(error).strip().splitlines()[-1]}. {CURE}"
-                ) from error
-            batch = self._move(batch)
-            x1, labels = read_checked(self._find, batch)
-            first = first or (x1, labels)
-            if len(x1) != len(places):
-                raise ValueError(
-                    f"Expected an x_1 for each of {len(places)} samples ({span}), got "
-                    f"{describe(x1)}; the first batch gave {describe(first[0])}. If the collate "
-                    f"function or `read_batch` leaves out or multiplies samples: {CURE}"
-                )
-            if x1.shape[1:] != first[0].shape[1:] and not isinstance(labels, MaskedLabels):
-                raise ValueError(
-                    f"Expected x_1 of one shape, got {describe(first[0])} in the first batch and "
-                    f"{describe(x1)} in that of samples {span}. Pad or crop all to one shape in "
-                    f"the collate function or in `read_batch`. {PADDED} {CURE}"
-                )
-            if type(labels) is not type(first[1]):
-                raise ValueError(
-                    "Expected labels in all batches or in none, got some in one and none in "
-                    f"another, {describe(batch)} of samples {span}. Say which: "
-                    "read_batch=lambda batch: (batch[0], None) for none."
-                )
-            yield x1, labels
+        try:
+            for places in batches:
+                span = f"{places[0]} to {places[-1]}"
+                try:
+                    batch = next(read)
+                except RuntimeError as error:
+                    if workers:
+                        traceback.clear_frames(error.__traceback__)
+                    raise ValueError(
+                        f"The training set cannot be read in its own order, samples {span}: "
+                        f"{str(error).strip().splitlines()[-1]}. {CURE}"
+                    ) from error
+                batch = self._move(batch)
+                x1, labels = read_checked(self._find, batch)
+                first = first or (x1, labels)
+                if len(x1) != len(places):
+                    raise ValueError(
+                        f"Expected an x_1 for each of {len(places)} samples ({span}), got "
+                        f"{describe(x1)}; the first batch gave {describe(first[0])}. If the "
+                        f"collate function or `read_batch` leaves out or multiplies samples: {CURE}"
+                    )
+                if x1.shape[1:] != first[0].shape[1:] and not isinstance(labels, MaskedLabels):
+                    raise ValueError(
+                        f"Expected x_1 of one shape, got {describe(first[0])} in the first batch "
+                        f"and {describe(x1)} in that of samples {span}. Pad or crop all to one "
+                        f"shape in the collate function or in `read_batch`. {PADDED} {CURE}"
+                    )
+                if type(labels) is not type(first[1]):
+                    raise ValueError(
+                        "Expected labels in all batches or in none, got some in one and none in "
+                        f"another, {describe(batch)} of samples {span}. Say which: "
+                        "read_batch=lambda batch: (batch[0], None) for none."
+                    )
+                yield x1, labels
+        finally:
+            # Held by an error, its workers live as long; when both are garbage, they are waited for
+            # for five seconds.
+            del read
 
 
 def same_rows(bank: LatentBank, places: range, x1: Tensor, labels: object = None) -> bool:

@@ -4,6 +4,7 @@ import functools
 import importlib
 import random
 import warnings
+from multiprocessing import active_children
 
 import lightning.pytorch as pl
 import numpy as np
@@ -240,6 +241,7 @@ def refused(data, make_trainer, module, message, **options):
     with pytest.raises(ValueError, match=message) as error:
         make_trainer(Take(**options), max_steps=1).fit(module, data)
     assert "LatentBank(" in str(error.value) or "read_batch=lambda" in str(error.value)
+    assert not active_children()  # while the error is held
     return str(error.value)
 
 

@@ -6,7 +6,7 @@ SKIPPED = "stagewise/skipped"
 
 
 def pytest_addoption(parser):
-    """`--slow` runs what takes four seconds and more, too."""
+    """`--slow` runs what takes a second and a half and more, too."""
     parser.addoption("--slow", action="store_true", help="run the slow tests too (make test-all)")
     parser.addoption("--rest", action="store_true", help="run what the last run skipped, and slow")
 

@@ -45,6 +45,11 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(7000)
     gc.enable()
+    # pytest gives a handler to the root and to each logger that does not propagate, six times for
+    # each test: all but three of 59 are torch's.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch") and isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 @contextmanager
@@ -77,6 +82,9 @@ def pytest_fixture_setup(fixturedef, request):
 def pytest_configure(config):
     """Silences what Lightning says about its own use of torch, and its search for plugins."""
     config.addinivalue_line("filterwarnings", "ignore:.isinstance.treespec, LeafSpec")
+    # The process that hands tests out would import Lightning, to show one of these.
+    kind = "lightning.fabric.utilities.warnings.PossibleUserWarning"
+    config.addinivalue_line("filterwarnings", f"ignore::{kind}")
     gc.disable()  # until all is collected
     # Each Trainer reads the metadata of all that is installed: as long as four steps of a fit.
     registry.entry_points = cache(registry.entry_points)

@@ -29,6 +29,7 @@ def found(gpu, tmp_path_factory):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_all_is_measured(found, gpu):
     assert found["failed"] == {}
     assert set(found) == {"meta", "failed", *gpu.CASES} - {"training"}

@@ -11,6 +11,8 @@ import torch
 
 from stagewise.latents import open_latents
 
+pytestmark = pytest.mark.slow  # all build the seven networks
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -130,7 +132,6 @@ runpy.run_path("recipes.py", run_name="__main__")
 """
 
 
-@pytest.mark.slow
 def test_the_script_measures_all_cases(tmp_path):
     """With one block of each network, few rows and small batches."""
     file, folder = tmp_path / "numbers.json", ROOT / "benchmarks"

@@ -80,6 +80,7 @@ def test_every_scheme_trains_from_the_same_weights(plan, parts, monkeypatch):
     assert "energy" in odd["curve"][-1]
 
 
+@pytest.mark.slow
 def test_each_part_is_run_once(bench, parts, tmp_path, monkeypatch):
     draws = torch.Generator().manual_seed(2)
     x, y = torch.randn(300, 4, generator=draws), torch.arange(300) % 3
@@ -121,6 +122,7 @@ def test_records_are_kept_in_one_file_and_taken_from_it(plan, tmp_path):
     assert lines[0]["record"] == {"lr": 2.0}
 
 
+@pytest.mark.slow
 def test_report_fills_the_page_with_what_was_reached(bench, plan, tmp_path, monkeypatch):
     def write(scheme, seed, lr, half, floor=0.0, horizon=1000):
         """A loss of `1 - step / (2 half)` which passes 0.5 at `half`."""

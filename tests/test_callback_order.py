@@ -99,6 +99,7 @@ def test_a_forecast_reads_the_errors_wherever_it_stands(files):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_what_is_said_once_holds_for_all_wherever_it_is_said(files, make_data):
     def find(batch):
         return 1.0 * batch[0], None

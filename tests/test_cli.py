@@ -133,6 +133,7 @@ def test_no_traceback_from_any_command(
     assert said.format(command) in text
 
 
+@pytest.mark.slow
 def test_a_training_whose_folder_is_named_writes_nowhere_else(run, tmp_path, monkeypatch):
     module = importlib.import_module("stagewise.recipes.train")
     monkeypatch.setattr(module, "train", lambda config: Path(config.run_dir).mkdir(exist_ok=True))

@@ -17,7 +17,7 @@ def bank():
 
 
 ENGINES = (
-    Exact("float32", chunk_size=8),
+    Exact("float32", chunk_size=12),
     Exact("float64"),
     Nearest(12, precision="float32"),
     Nearest(12, draws=5, precision="float32"),
@@ -30,7 +30,7 @@ def assert_on_cuda(*tensors):
 
 
 @pytest.mark.parametrize("residency", ["cuda", "cpu"])
-@pytest.mark.parametrize("labels", [None, [0, 2, 3]])
+@pytest.mark.parametrize("labels", [None, [0, 3]])
 @pytest.mark.parametrize("engine", ENGINES, ids=repr)
 @pytest.mark.parametrize(
     ("path", "dtype"),
@@ -42,9 +42,9 @@ def test_oracle_on_cuda(bank, residency, labels, path, engine, dtype):
     bank = LatentBank(bank.rows.unflatten(1, bank.shape), torch.arange(60) // 15, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         oracle = Oracle(bank.to(residency), path, engine, null_class=3)
-        xt = torch.randn(3, 3, 4, 4, device="cuda")
-        x1, t = torch.randn_like(xt), torch.rand(3, device="cuda")
-        source = torch.arange(3, device="cuda")
+        xt = torch.randn(2, 3, 4, 4, device="cuda")
+        x1, t = torch.randn_like(xt), torch.rand(2, device="cuda")
+        source = torch.arange(2, device="cuda")
         post = oracle.posterior(xt, t, labels, source=source, k=3)
         tensors = [value for value in vars(post).values() if isinstance(value, torch.Tensor)]
         assert len(tensors) == 8
@@ -54,7 +54,7 @@ def test_oracle_on_cuda(bank, residency, labels, path, engine, dtype):
         assert_on_cuda(correction, velocity)
         assert correction.shape == velocity.shape == xt.shape
         assert post.mean.shape == xt.shape
-        assert post.weights.shape == post.rows.shape == (3, 3)
+        assert post.weights.shape == post.rows.shape == (2, 3)
 
 
 class Moved(TorchDispatchMode):

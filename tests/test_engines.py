@@ -533,6 +533,7 @@ def far_from_collapsed():
     return bank, queries, Exact("float64").posterior(bank, queries)
 
 
+@pytest.mark.slow
 def test_the_bias_of_nearest_falls_with_its_draws():
     generator = torch.Generator().manual_seed(1)
     bank = LatentBank(torch.randn(4000, 3, generator=generator, dtype=torch.float64))

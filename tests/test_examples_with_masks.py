@@ -71,6 +71,7 @@ def _exact(x1: Tensor, xt: Tensor, t: float, rows: list[Tensor]) -> Tensor:
     return (mean - xt) / (1 - t)
 
 
+@pytest.mark.slow
 def test_sounds_of_different_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     example = _example("audio_lengths")

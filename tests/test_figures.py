@@ -67,6 +67,7 @@ def spread(figure):
     return render(figure).std()
 
 
+@pytest.mark.slow
 def test_all_can_be_drawn_with_holes_and_label_their_axes():
     for name, figure in all_pictures(EARLY, holes=True).items():
         assert spread(figure) > 5, name
@@ -207,6 +208,7 @@ def every_figure():
     return {name: (figure, drawing.render(figure)) for name, figure in found.items()}
 
 
+@pytest.mark.slow
 def test_every_axis_of_t_has_one_scale_and_says_which_end_is_noise(every_figure):
     for name, (figure, _) in every_figure.items():
         scales = [
@@ -221,6 +223,7 @@ def test_every_axis_of_t_has_one_scale_and_says_which_end_is_noise(every_figure)
             assert "0 = noise" in axis.get_label_text(), name
 
 
+@pytest.mark.slow
 def test_every_logarithmic_axis_has_three_labels_or_more(every_figure):
     seen = 0
     for name, (figure, _) in every_figure.items():
@@ -234,6 +237,7 @@ def test_every_logarithmic_axis_has_three_labels_or_more(every_figure):
     assert seen > 5
 
 
+@pytest.mark.slow
 def test_no_legend_covers_anything(every_figure):
     for name, (figure, _) in every_figure.items():
         assert not any(axes.get_legend() for axes in figure.axes), name
@@ -243,6 +247,7 @@ def test_no_legend_covers_anything(every_figure):
                 assert not box.overlaps(axes.get_window_extent()), name
 
 
+@pytest.mark.slow
 def test_nothing_reaches_over_the_edge_of_a_picture(every_figure):
     for name, (_, pixels) in every_figure.items():
         frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])

@@ -180,6 +180,7 @@ def test_the_average_begins_at_the_initial_weights(tmp_path, latents):
 # -- training -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys, request):
     all_of_them = ["callbacks=steer", *WATCHED]
     steps = ["trainer.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1"]

@@ -227,6 +227,7 @@ def come_back(run_dir, latents, vae, *options):
 
 
 @pytest.mark.parametrize("kind", ["sdvae", "vavae"])
+@pytest.mark.slow
 def test_the_pictures_of_a_repeated_training_set_come_back(tmp_path, monkeypatch, kind):
     pytest.importorskip("diffusers")
     vae, run_dir = tmp_path / "vae.pt", tmp_path / "run"

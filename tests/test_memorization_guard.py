@@ -86,6 +86,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_learning_by_heart_is_announced_and_the_weights_before_it_are_kept(
     fit, tmp_path, lightning_log
 ):
@@ -135,6 +136,7 @@ def test_weights_are_bit_identical_with_and_without(fit, weights):
     assert guard.best is not None
 
 
+@pytest.mark.slow
 def test_the_kept_checkpoint_goes_on_as_the_run_did(fit, weights, tmp_path):
     def make(folder):
         guard = MemorizationGuard(**OFTEN, dirpath=tmp_path / folder)

@@ -124,6 +124,7 @@ def test_tensorboard_has_one_page_and_what_happens_once(fit, tmp_path):
         assert board.Scalars(tag)[0].step == 0, "after the first step"
 
 
+@pytest.mark.slow
 def test_pictures_go_to_tensorboard_and_disk(fit, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="tb", version="run")
     fit(*monitors(), logger=logger, max_steps=1)
@@ -199,6 +200,7 @@ def test_a_folder_that_cannot_be_written(fit, tiny_flow, weights, tmp_path, kind
     assert seen == []
 
 
+@pytest.mark.slow
 def test_every_picture_of_a_run_marks_the_same_boundary(fit, monkeypatch, tmp_path):
     drawn = {}
     monkeypatch.setattr(

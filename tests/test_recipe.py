@@ -45,6 +45,7 @@ def configuration(run_dir, *overrides):
         return compose("train", [*SMALL, f"run_dir={run_dir}", *overrides])
 
 
+@pytest.mark.slow
 def test_recipe_trains_reports_and_writes(tmp_path, capsys):
     # Drawn in test_monitors_together.py and test_imagenet_recipe.py.
     less = ["+callbacks.errors.figures=0", "+callbacks.memorization.figures=0"]

@@ -158,6 +158,7 @@ def read(file):
 
 
 @pytest.mark.usefixtures("figures_are_drawn")
+@pytest.mark.slow
 def test_a_page_says_what_the_run_found(run):
     assert report(run) == run / "report.html"
     found = read(run / "report.html")

@@ -209,6 +209,7 @@ def started(tmp_path):
     HydraConfig.instance().cfg = None
 
 
+@pytest.mark.slow
 def test_resuming_in_a_folder_that_nobody_chose_is_refused(started, tmp_path):
     with pytest.raises(ValueError, match="Expected run_dir=FOLDER, the run to continue"):
         checkpoint_of(started("resume=true"), tmp_path)
@@ -327,6 +328,7 @@ def test_a_training_that_is_stopped_keeps_its_last_step(make_trainer, tmp_path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_killed_between_the_two_files_of_a_step_it_goes_on_from_the_first(
     train_tiny, tmp_path, monkeypatch
 ):

@@ -68,7 +68,7 @@ RUNS = {
 }
 EXACT = [name for name in RUNS if name != "nearest"]
 HALF = (torch.bfloat16, torch.float16)
-LARGE = (6400, 4096)  # rows of a bank, 105 MB in float32, whose memory is measured
+LARGE = (1600, 4096)  # rows of a bank, 26 MB in float32, whose memory is measured
 
 
 def samples():
@@ -380,7 +380,7 @@ def folders(tmp_path_factory):
     return lambda world: made / str(world)
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)])
 def world(request):
     """How many processes."""
     return request.param
@@ -477,6 +477,7 @@ def test_the_memory_of_a_rank_is_that_of_its_part(reports, world):
 
 
 @pytest.mark.skipif(not SHARDS_NETWORKS, reason="fully_shard of torch 2.6 needs an accelerator")
+@pytest.mark.slow
 def test_a_network_in_shards_trains_on_a_bank_in_shards_as_in_one_process(folders):
     net = network()
     oracle = Oracle(LatentBank(samples()[0].flatten(1)), engine=Exact("float64"))
@@ -606,6 +607,7 @@ def test_what_ranks_may_do_differently(reports, name):
     assert [report["errors"][name] for report in reports] == [None] * len(reports)
 
 
+@pytest.mark.slow
 def test_groups_of_ranks_are_apart(folders):
     x, _ = samples()
     reports = [read(folders(4), "report", rank) for rank in range(4)]
@@ -625,6 +627,7 @@ def test_groups_of_ranks_are_apart(folders):
     ("world", "call", "missing"),
     [(2, never_prepares, 1), (4, never_asks, 2), (4, ends, 3)],
 )
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_an_error_on_the_others(folders, world, call, missing):
     for rank in set(range(world)) - {missing}:
         kind, message = read(folders(world), call.__name__, rank)

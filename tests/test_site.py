@@ -55,7 +55,11 @@ def name(page):
 
 
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "generated" not in page.parts]
-RUN = [page for page in PAGES if blocks_of(page) and name(page) not in ELSEWHERE]
+RUN = [
+    pytest.param(page, marks=pytest.mark.slow if page.stem == "small-sets" else (), id=name(page))
+    for page in PAGES
+    if blocks_of(page) and name(page) not in ELSEWHERE
+]
 TUTORIALS = [page for page in PAGES if "{code-cell}" in page.read_text()]
 
 
@@ -88,7 +92,7 @@ def names(page):
 
 
 @pytest.mark.usefixtures("quick_figures")
-@pytest.mark.parametrize("page", RUN, ids=name)
+@pytest.mark.parametrize("page", RUN)
 def test_code_of_a_page(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = len(names)

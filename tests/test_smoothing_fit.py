@@ -33,6 +33,7 @@ def rings(rows, seed=0):
     return x, label
 
 
+@pytest.mark.slow
 def test_a_fit_is_the_setting_with_the_best_field_of_those_near_the_data():
     x, label = rings(100)
     bank = LatentBank(x, label)
@@ -161,6 +162,7 @@ def test_too_few_rows_are_refused_with_a_line_to_paste():
         Smoothing.fit(LatentBank(plane(19)))
 
 
+@pytest.mark.slow
 def test_copies_that_fill_a_fold_leave_fewer_neighbours_to_try():
     x = plane(60)
     x[:24] = x[0]

@@ -136,8 +136,13 @@ CASES = [
     pytest.param((), "steps", "matcher", 2, marks=pytest.mark.slow),
     *(((), kind, "loss", 2) for kind in NEEDS_LOSSES),
     # StageTransitions needs a probe in each step, and without it there is one in some.
-    ([kind for kind in MONITORS if kind is not StageTransitions], "steps", "loss", 1),
-    pytest.param(MONITORS, "event", "loss", 1, marks=pytest.mark.slow),
+    *(
+        pytest.param(kinds, kind, "loss", 1, marks=pytest.mark.slow)
+        for kinds, kind in (
+            ([kind for kind in MONITORS if kind is not StageTransitions], "steps"),
+            (MONITORS, "event"),
+        )
+    ),
 ]
 
 

@@ -80,6 +80,7 @@ def test_learning_by_heart_is_seen_and_learning_is_not_taken_for_it(fit):
     assert MEMORIZATION_ONSET not in said[20_000]
 
 
+@pytest.mark.slow
 def test_events_are_said_once_and_heard(fit, tmp_path, read_stages, lightning_log):
     heard = []
     errors = VelocityErrorMonitor(every_n_steps=20, strata=4, queries=64)

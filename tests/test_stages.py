@@ -20,6 +20,7 @@ def fixed(times, queries):
     return torch.tensor(times, dtype=torch.float64)[:, None].expand(len(times), queries)
 
 
+@pytest.mark.slow
 def test_published_curve():
     # Liu et al., arXiv 2512.02826, Fig. 3a: unit-Gaussian data, N = 1400, D = 512.
     times = [0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20]
@@ -147,6 +148,7 @@ def test_bad_arguments_of_measuring():
         predicted_boundary(oracle.bank, oracle.path, class_wise=True)
 
 
+@pytest.mark.slow
 def test_interval_of_the_midpoint_covers_the_truth():
     bank = gaussian(400, 128)
     oracle = Oracle(bank)

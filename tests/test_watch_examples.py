@@ -16,13 +16,7 @@ from stagewise import Mix, StageTarget
 from stagewise.callbacks import StageScheme, Watch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NAMES = [
-    "fabric",
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("plain_loop", "accelerate_loop", "hugging_face_trainer")
-    ),
-]
+NAMES = ["fabric", "plain_loop", "accelerate_loop", "hugging_face_trainer"]
 
 
 class Without(ast.NodeTransformer):
@@ -56,6 +50,7 @@ def oracle_velocity(xt, t, rows):
     return (mean - xt) / (1 - t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example(name, tmp_path, monkeypatch, quick_figures):
     monkeypatch.chdir(tmp_path)

@@ -672,7 +672,7 @@ def test_only_rows_that_can_matter_are_read_again(monkeypatch):
 @pytest.mark.parametrize("chunk_size", [None, 7])
 @pytest.mark.parametrize("settings", [{"dtype": torch.bfloat16}, {"dtype": torch.float16}, {}])
 def test_rows_that_are_converted_are_read_once(monkeypatch, settings, chunk_size):
-    """Those of a class for one query, in navigation; a class with two is read for each product."""
+    """In navigation: those of a class, for one query or two, and all rows for all queries."""
     read = []
     chunks = LatentBank.chunks
 
@@ -694,10 +694,36 @@ def test_rows_that_are_converted_are_read_once(monkeypatch, settings, chunk_size
     # Without the check, which reads the rows of a doubtful query again.
     engine = Exact("float32", chunk_size=chunk_size)
     post = Oracle(bank, engine=engine).posterior(xt, t, labels)
-    assert len(read) == 39 + 1
+    assert len(read) == 39
     off = (post.mean - exact.mean).norm(dim=1) / (exact.mean - bank.centre).norm(dim=1)
     assert off.max() < 1e-6
     assert (exact.ess > 10).sum() > 20  # navigation
+
+    exact = Oracle(bank, engine=Exact("float64")).posterior(xt, t)
+    read.clear()
+    post = Oracle(bank, engine=engine).posterior(xt, t)
+    assert len(read) == 1
+    off = (post.mean - exact.mean).norm(dim=1) / (exact.mean - bank.centre).norm(dim=1)
+    assert off[1:].max() < 1e-6  # at t = 0 the mean is that of all rows
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_what_one_row_answers_is_summed_no_further(monkeypatch, chunk_size):
+    """Of all rows, converted: half of the queries are near a row of some chunk."""
+    g = torch.Generator().manual_seed(3)
+    bank = LatentBank(torch.randn(600, 300, generator=g), dtype=torch.bfloat16)
+    rows, t = torch.arange(0, 600, 30), torch.tensor([0.01, 0.35]).repeat(10)
+    xt = LinearPath().interpolate(torch.randn(20, 300, generator=g), bank.take(rows), t)
+    exact = Oracle(bank, engine=Exact("float64")).posterior(xt, t)
+    summed, averages = [], log_weights.averages
+    monkeypatch.setattr(
+        log_weights, "averages", lambda w, rows: summed.append(len(w)) or averages(w, rows)
+    )
+    post = Oracle(bank, engine=Exact("float32", chunk_size=chunk_size)).posterior(xt, t)
+    assert summed[0] == 10 if chunk_size is None else summed[0] > summed[40] > summed[-1] == 10
+    assert len(summed) == (1 if chunk_size is None else 86)
+    off = (post.mean - exact.mean).norm(dim=1) / (exact.mean - bank.centre).norm(dim=1)
+    assert off.max() < 1e-6
 
 
 def test_nearest_rows_of_converted_classes_need_no_sum_of_all(monkeypatch):

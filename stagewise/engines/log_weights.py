@@ -41,7 +41,7 @@ _AWAY = 0.25
 """Distance of a bank's mean from its offset, in radii, above which rows are centred before they are
 multiplied: a float32 product would lose digits."""
 
-_COPIED = 2**22
+_COPIED = 2**23
 """Numbers in rows that are centred, or converted on a CPU, at a time."""
 
 _KEPT = 2**30
@@ -50,6 +50,50 @@ _KEPT = 2**30
 _WIDE = 0.25
 """Noise level above which a mean may be summed in float32 without effect on the velocity, for rows
 whose distances are about as large as their norms."""
+
+
+class _Ahead:
+    """`sum_i exp(l_i - p) x^(i)` for some lines of logits, of which p is the largest.
+
+    A line is left out once a few rows have all its weight, which needs no second product. With
+    `mean`, of all rows, what is summed is their difference from it where weights are alike:
+    that keeps digits near noise.
+    """
+
+    def __init__(self, lines: list[int], mean: Tensor | None) -> None:
+        self.lines, self.mean = lines, mean
+        self.top = self.level = self.total = torch.empty(0)
+
+    def add(self, logits: Tensor, rows: Tensor) -> None:
+        """Adds a chunk of rows and its logits, (B, n)."""
+        logits = logits[self.lines]
+        top = logits.topk(min(_LEAD, len(rows)), dim=1).values
+        begins = not len(self.top)
+        peak = top[:, :1] if begins else torch.maximum(self.top[:, :1], top[:, :1])
+        weights = (logits - peak).clamp_min_(UNDERFLOW).exp_()
+        if begins:
+            self.top = top
+            self.level = weights.mean(1, keepdim=True) * (self.mean is not None)
+            self.total = logits.new_zeros((len(logits), rows.shape[1]), dtype=torch.float64)
+        else:
+            grown = (self.top[:, :1] - peak).exp()
+            self.level *= grown
+            self.total *= grown
+            both = torch.cat([self.top, top], dim=1)
+            self.top = both.topk(min(_LEAD, both.shape[1]), dim=1).values
+        flat = indices_of(self.top[:, -1] - self.top[:, 0] > _FAR)
+        if len(flat) < len(self.lines):
+            self.lines = [self.lines[i] for i in flat]
+            kept = (self.top, self.level, self.total, weights)
+            self.top, self.level, self.total, weights = (x[flat] for x in kept)
+        if flat:
+            self.total += averages(weights - self.level, rows)
+
+    def end(self, count: int) -> tuple[Tensor, Tensor]:
+        """Each p, and the sums over all `count` rows, float64."""
+        if self.mean is not None:
+            self.total += count * self.level.double() * self.mean
+        return self.top[:, 0].double(), self.total
 
 
 class LogWeights:
@@ -117,7 +161,7 @@ class LogWeights:
         cpu = xt.device.type == bank.device.type == "cpu"
         self._into = xt.new_empty((size, bank.dim), dtype=dtype) if cpu and copied else None
         # To copy a row costs more than to multiply it by one query: so that is done once.
-        once = sums and self._into is not None and table is None and not self.whole
+        once = sums and self._into is not None and table is None
         self._early = set(indices_of(self.wide)) if once else set()
         self._kept: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         self.logits = multiply(query, half_snr, norm, wide)
@@ -131,30 +175,25 @@ class LogWeights:
         for at, segment in queries.groups:
             index = queries.place(at)
             q, h = query[index], half[index]
+            early = [line for line, query in enumerate(at) if query in self._early]
+            sums = _Ahead(early, self.shift if segment == bank.whole else None)
             for first, rows in self._chunks(segment, device):
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
-                if len(at) == 1 and at[0] in self._early:
-                    self._sum_ahead(at[0], part, rows)
+                if sums.lines:
+                    sums.add(part, rows)
                 if part.shape == (len(query), width):
-                    return part
+                    logits = part
+                    break
                 if logits is None:
                     logits = torch.full((len(query), width), NO_ROW, dtype=wide, device=device)
                 logits[index, first - segment.start : last - segment.start] = part
+            if sums.lines:
+                peaks, totals = sums.end(segment.stop - segment.start)
+                for line, *found in zip(sums.lines, peaks, totals, strict=True):
+                    self.ahead[at[line]] = (found[0], found[1])
         assert logits is not None
         return logits
-
-    def _sum_ahead(self, at: int, logits: Tensor, rows: Tensor) -> None:
-        """Adds a chunk of rows and its logits, (1, n), to `ahead`."""
-        top = logits.topk(min(_LEAD, len(rows)), dim=1).values[0]
-        if at not in self.ahead and top[-1] - top[0] <= _FAR:
-            self._early.discard(at)  # a few rows have all the weight: that needs no second product
-            return
-        total = averages((logits - top[0]).clamp_min_(UNDERFLOW).exp_(), rows)[0].double()
-        peak, before = self.ahead.get(at, (top[0].double(), torch.zeros_like(total)))
-        new = torch.maximum(peak, top[0].double())
-        total *= (top[0] - new).exp()
-        self.ahead[at] = new, total.add_(before.mul_((peak - new).exp()))
 
     def _chunks(self, segment: slice, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Rows minus `origin`, in the dtype in which they are multiplied.

@@ -86,7 +86,7 @@ class Exact(Engine):
             1e-4 for 16-bit rows on an accelerator, whose products are split (`stagewise.products`);
             for a bank on CUDA `|dm| / |m - x_1|`. From 1e-4 on, a CPU with bfloat16 instructions
             uses them for bfloat16 rows, whose own rounding is larger.
-        chunk_size: Rows multiplied at a time; default all, or 2^22 numbers if they must be
+        chunk_size: Rows multiplied at a time; default all, or 2^23 numbers if they must be
             converted or centred, and 32 MiB if they must be moved.
 
     Example:

@@ -111,8 +111,8 @@ class RowReader:
                     )
                 yield x1, labels
         finally:
-            # Held by an error, its workers live as long; when both are garbage, they are waited for
-            # for five seconds.
+            # An error holds it, and it its workers: when all are garbage, Python waits five seconds
+            # for each of them.
             del read
 
 

@@ -190,8 +190,8 @@ class LogWeights:
                 logits[index, first - segment.start : last - segment.start] = part
             if sums.lines:
                 peaks, totals = sums.end(segment.stop - segment.start)
-                for line, *found in zip(sums.lines, peaks, totals, strict=True):
-                    self.ahead[at[line]] = (found[0], found[1])
+                for line, peak, total in zip(sums.lines, peaks, totals, strict=True):
+                    self.ahead[at[line]] = (peak, total)
         assert logits is not None
         return logits
 
